@@ -1,0 +1,14 @@
+"""Encoders: timm backbones with a per-pixel embedding head, saved and loaded as folders."""
+
+from ssl_flow.models.encoder import Encoder, Normalization, create_encoder
+from ssl_flow.models.folder import load_encoder, save_encoder
+from ssl_flow.models.head import PixelEmbeddingHead
+
+__all__ = [
+    "Encoder",
+    "Normalization",
+    "PixelEmbeddingHead",
+    "create_encoder",
+    "load_encoder",
+    "save_encoder",
+]

@@ -1,0 +1,172 @@
+"""The encoder: any timm backbone as a pyramid of feature maps, with a per-pixel embedding on top."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl_flow.models.head import PixelEmbeddingHead, to_stride
+
+EMBEDDING_STRIDE = 4
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Per-channel mean and standard deviation of images with values in 0..1."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Encoder(nn.Module):
+    """A timm backbone whose levels are data (`channels`, `strides`), and an optional head.
+
+    The backbone is timm's plain model, so that its keys are the ones timm loads; the pyramid
+    comes from `forward_intermediates`, as in timm's `features_only`. Hierarchical backbones give
+    all their levels, isotropic ones (ViT: one stride throughout) four evenly spaced blocks.
+    Images of any size are accepted: they are padded at the right and bottom to a multiple of the
+    coarsest stride, and every map is cropped back to ceil(size / stride).
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        architecture: str,
+        model_args: dict[str, Any] | None = None,
+        head: PixelEmbeddingHead | None = None,
+    ) -> None:
+        """`architecture` and `model_args` are what `timm.create_model` needs to build it again."""
+        super().__init__()
+        self.backbone = backbone
+        self.architecture = architecture
+        self.model_args = dict(model_args or {})
+        self.head = head
+        levels = _levels(backbone.feature_info)
+        self._indices = [index for index, _, _ in levels]
+        self.channels: list[int] = [channels for _, channels, _ in levels]
+        self.strides: list[int] = [stride for _, _, stride in levels]
+        config = backbone.pretrained_cfg
+        self.normalization = Normalization(tuple(config["mean"]), tuple(config["std"]))
+
+    def _padded_features(self, images: Tensor) -> list[Tensor]:
+        multiple = max(self.strides)
+        height, width = images.shape[-2:]
+        pad = (0, -width % multiple, 0, -height % multiple)
+        if any(pad):
+            images = F.pad(images, pad, mode="replicate")
+        maps: list[Tensor] = self.backbone.forward_intermediates(
+            images, indices=self._indices, intermediates_only=True, output_fmt="NCHW"
+        )
+        return maps
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) normalised images -> list of (B, C_i, ceil(H/s_i), ceil(W/s_i)), fine to coarse."""
+        maps = self._padded_features(images)
+        return [
+            _crop(level, images, stride) for level, stride in zip(maps, self.strides, strict=True)
+        ]
+
+    def hypercolumn(self, images: Tensor) -> Tensor:
+        """All levels brought to stride 4 and concatenated: (B, sum C_i, ceil(H/4), ceil(W/4)).
+
+        Finer levels are averaged, coarser ones upsampled bilinearly (hypercolumns: Hariharan et
+        al., CVPR 2015). For frozen evaluation; `embed` never builds this large tensor.
+        """
+        maps = self._padded_features(images)
+        columns = [
+            to_stride(level, stride, EMBEDDING_STRIDE)
+            for level, stride in zip(maps, self.strides, strict=True)
+        ]
+        return _crop(torch.cat(columns, dim=1), images, EMBEDDING_STRIDE)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised images -> (B, D, ceil(H/4), ceil(W/4)), unit length over D."""
+        return F.normalize(self(images).float(), dim=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The embedding before it is brought to unit length, which is what the loss takes."""
+        if self.head is None:
+            raise RuntimeError(
+                f"this encoder ({self.architecture}) has no embedding head: only features() and "
+                "hypercolumn() are there. Encoders trained with ssl_flow have one (head.safetensors)."
+            )
+        embedding: Tensor = self.head(self._padded_features(images))
+        return _crop(embedding, images, EMBEDDING_STRIDE)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """(B, H, W, 3) uint8 RGB -> (B, 3, H, W) float32, normalised as the backbone expects."""
+        pixels = images.permute(0, 3, 1, 2).float() / 255
+        mean = torch.tensor(self.normalization.mean, device=images.device).view(1, -1, 1, 1)
+        std = torch.tensor(self.normalization.std, device=images.device).view(1, -1, 1, 1)
+        return (pixels - mean) / std
+
+
+def create_encoder(
+    architecture: str,
+    embedding_dim: int | None = None,
+    hidden_dim: int = 128,
+    pretrained: bool = False,
+) -> Encoder:
+    """Build an encoder around `timm.create_model(architecture)`.
+
+    Args:
+        architecture: any timm model with `forward_intermediates`.
+        embedding_dim: D of the per-pixel embedding; None for a bare backbone.
+        hidden_dim: channels to which the head projects every level.
+        pretrained: start from timm's weights.
+
+    Raises:
+        ValueError: unknown architecture, or one without a feature pyramid.
+        RuntimeError: `pretrained` and the weights cannot be had.
+    """
+    if not timm.is_model(architecture):
+        close = timm.list_models(f"*{architecture.split('_')[0].split('.')[0]}*")[:5]
+        raise ValueError(
+            f"timm has no model {architecture!r}; near it: {', '.join(close) or 'none'}"
+        )
+    model_args = _model_args(architecture)
+    try:
+        backbone = timm.create_model(
+            architecture, pretrained=pretrained, num_classes=0, **model_args
+        )
+    except Exception as error:
+        if not pretrained:
+            raise
+        raise RuntimeError(
+            f"could not get timm's weights for {architecture!r} ({error}). Use a network "
+            f"connection, or random:{architecture} if random weights are meant."
+        ) from error
+    if not hasattr(backbone, "forward_intermediates"):
+        raise ValueError(f"{architecture!r} gives no feature pyramid (no forward_intermediates)")
+    encoder = Encoder(backbone, architecture, model_args)
+    if embedding_dim is not None:
+        encoder.head = PixelEmbeddingHead(
+            encoder.channels, encoder.strides, embedding_dim, hidden_dim
+        )
+    return encoder
+
+
+def _model_args(architecture: str) -> dict[str, Any]:
+    # Vision transformers take one image size only unless told otherwise.
+    return {"dynamic_img_size": True} if architecture.startswith(("vit_", "deit")) else {}
+
+
+def _levels(feature_info: Any) -> list[tuple[int, int, int]]:  # noqa: ANN401 (list or FeatureInfo)
+    """(index, channels, stride) of the levels to use."""
+    infos = feature_info if isinstance(feature_info, list | tuple) else feature_info.info
+    levels = [(i, info["num_chs"], info["reduction"]) for i, info in enumerate(infos)]
+    strides = {stride for _, _, stride in levels}
+    if len(strides) == 1 and len(levels) > 4:
+        step = len(levels) / 4
+        return [levels[round(step * (i + 1)) - 1] for i in range(4)]
+    return levels
+
+
+def _crop(level: Tensor, images: Tensor, stride: int) -> Tensor:
+    height, width = images.shape[-2:]
+    return level[..., : -(-height // stride), : -(-width // stride)]

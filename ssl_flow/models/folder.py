@@ -1,0 +1,118 @@
+"""Encoders on disk: a folder that timm reads too, and the one door that loads every spec."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ssl_flow.models.encoder import Encoder, create_encoder
+from ssl_flow.models.head import PixelEmbeddingHead
+
+
+def save_encoder(encoder: Encoder, folder: str | Path) -> Path:
+    """Write `config.json` + `model.safetensors` (as timm's `local-dir:` reads them) + the head.
+
+    The backbone's keys are those of timm's plain model, so both of these give the same features:
+    `ssl_flow.load_encoder(folder)` and `timm.create_model("local-dir:FOLDER", pretrained=True)`.
+    Each file is written under a temporary name and moved in place.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    normalization = encoder.normalization
+    config = {
+        "architecture": encoder.architecture,
+        "num_classes": 0,
+        "num_features": encoder.backbone.num_features,
+        "model_args": {"in_chans": 3, **encoder.model_args},
+        "pretrained_cfg": {
+            "num_classes": 0,
+            "input_size": [3, 224, 224],
+            "mean": list(normalization.mean),
+            "std": list(normalization.std),
+            "interpolation": "bilinear",
+        },
+    }
+    _save_tensors(encoder.backbone, folder / "model.safetensors")
+    if encoder.head is not None:
+        _save_tensors(encoder.head, folder / "head.safetensors")
+        config["ssl_flow"] = {
+            "embedding_dim": encoder.head.embedding_dim,
+            "hidden_dim": encoder.head.hidden_dim,
+        }
+    temporary = folder / f".config.json.{os.getpid()}"
+    temporary.write_text(json.dumps(config, indent=2) + "\n")
+    temporary.replace(folder / "config.json")
+    return folder
+
+
+def load_encoder(spec: str | Path, seed: int = 0) -> Encoder:
+    """Load an encoder from any spec, in evaluation mode.
+
+    Args:
+        spec: a folder written by `save_encoder` or by a training run (the run folder itself will
+            do); a `.safetensors` file with a `config.json` beside it; `timm:NAME` (timm's
+            pretrained weights); `random:NAME` (random weights).
+        seed: which random weights, for `random:`.
+
+    Returns:
+        An `Encoder`. Freshly random ones have untrained BatchNorm statistics: evaluation
+        protocols estimate them on the data that they judge.
+
+    Raises:
+        FileNotFoundError: nothing usable at the path (says what was expected).
+        ValueError: unknown architecture, or weights that do not fit it.
+        RuntimeError: timm's weights cannot be had.
+    """
+    spec = str(spec)
+    if spec.startswith("timm:"):
+        return create_encoder(spec.removeprefix("timm:"), pretrained=True).eval()
+    if spec.startswith("random:"):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return create_encoder(spec.removeprefix("random:")).eval()
+    return _load_folder(Path(spec))
+
+
+def _load_folder(path: Path) -> Encoder:
+    if path.suffix == ".safetensors":
+        folder, weights = path.parent, path
+    else:
+        folder = path / "encoder" if (path / "encoder" / "config.json").is_file() else path
+        weights = folder / "model.safetensors"
+    for needed in (folder / "config.json", weights):
+        if not needed.is_file():
+            raise FileNotFoundError(
+                f"no encoder at {str(path)!r}: {needed} is missing. An encoder is a folder with "
+                "config.json and model.safetensors, a run folder that holds encoder/, "
+                "timm:NAME or random:NAME."
+            )
+    config = json.loads((folder / "config.json").read_text())
+    own = config.get("ssl_flow", {})
+    encoder = create_encoder(config["architecture"])
+    _load_tensors(encoder.backbone, weights)
+    if own:
+        encoder.head = PixelEmbeddingHead(
+            encoder.channels, encoder.strides, own["embedding_dim"], own["hidden_dim"]
+        )
+        _load_tensors(encoder.head, folder / "head.safetensors")
+    return encoder.eval()
+
+
+def _save_tensors(module: torch.nn.Module, path: Path) -> None:
+    tensors = {
+        name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.replace(path)
+
+
+def _load_tensors(module: torch.nn.Module, path: Path) -> None:
+    try:
+        module.load_state_dict(load_file(path))
+    except Exception as error:
+        raise ValueError(f"{path} does not fit the architecture in config.json: {error}") from error

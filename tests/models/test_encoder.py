@@ -1,0 +1,125 @@
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from ssl_flow.models import PixelEmbeddingHead, create_encoder, load_encoder, save_encoder
+from ssl_flow.models.head import to_stride
+
+ARCHITECTURES = ["resnet18", "convnext_atto", "vit_tiny_patch16_224"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_saved_encoder_and_plain_timm_give_the_same_features(architecture, tmp_path):
+    encoder = create_encoder(architecture, embedding_dim=8).eval()
+    with torch.no_grad():  # weights and statistics that no initialisation would give
+        for tensor in encoder.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.add_(0.01 * torch.rand_like(tensor))
+    save_encoder(encoder, tmp_path / "encoder")
+    loaded = load_encoder(tmp_path / "encoder")
+    plain = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True).eval()
+    pyramid = timm.create_model(
+        f"local-dir:{tmp_path / 'encoder'}", pretrained=True, features_only=True
+    ).eval()
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        ours = loaded.features(images)
+        torch.testing.assert_close(ours[-1], encoder.features(images)[-1], rtol=0, atol=0)
+        theirs = plain.forward_intermediates(images, intermediates_only=True)[-1]
+        torch.testing.assert_close(ours[-1], theirs, rtol=0, atol=0)
+        torch.testing.assert_close(ours[-1], pyramid(images)[-1], rtol=0, atol=0)
+        torch.testing.assert_close(loaded.embed(images), encoder.embed(images), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("size", [(64, 64), (50, 77)])
+def test_shapes_for_any_image_size(architecture, size):
+    encoder = create_encoder(architecture, embedding_dim=8).eval()
+    height, width = size
+    with torch.no_grad():
+        images = torch.randn(1, 3, height, width)
+        for level, channels, stride in zip(
+            encoder.features(images), encoder.channels, encoder.strides, strict=True
+        ):
+            assert level.shape == (1, channels, -(-height // stride), -(-width // stride))
+        grid = (-(-height // 4), -(-width // 4))
+        assert encoder.hypercolumn(images).shape == (1, sum(encoder.channels), *grid)
+        embedding = encoder.embed(images)
+        assert embedding.shape == (1, 8, *grid)
+        torch.testing.assert_close(embedding.norm(dim=1), torch.ones(1, *grid))
+
+
+def test_head_equals_the_concatenated_hypercolumn():
+    """Projecting before upsampling is the same function as the hypercolumn head of the field."""
+    torch.manual_seed(0)
+    channels, strides = [5, 7, 9], [2, 4, 16]
+    head = PixelEmbeddingHead(channels, strides, embedding_dim=4, hidden_dim=6).double().eval()
+    maps = [
+        torch.randn(2, c, 64 // s, 64 // s, dtype=torch.double)
+        for c, s in zip(channels, strides, strict=True)
+    ]
+    with torch.no_grad():
+        normed = [
+            to_stride(level[0](m), s, 4)
+            for level, m, s in zip(head.levels, maps, strides, strict=True)
+        ]
+        kernel = torch.cat([level[1].weight for level in head.levels], dim=1)
+        dense = head.output(F.conv2d(torch.cat(normed, dim=1), kernel))
+        torch.testing.assert_close(head(maps), dense)
+
+
+def test_random_spec_is_seeded_and_leaves_the_global_generator_alone():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first, again = load_encoder("random:resnet18", seed=1), load_encoder("random:resnet18", seed=1)
+    other = load_encoder("random:resnet18", seed=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    weights = [e.backbone.conv1.weight for e in (first, again, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_normalize_matches_the_backbones_statistics():
+    encoder = create_encoder("resnet18")
+    images = torch.full((1, 2, 2, 3), 255, dtype=torch.uint8)
+    expected = (1 - torch.tensor(encoder.normalization.mean)) / torch.tensor(
+        encoder.normalization.std
+    )
+    torch.testing.assert_close(encoder.normalize(images)[0, :, 0, 0], expected)
+
+
+def test_run_folder_and_weights_file_are_specs_too(tmp_path):
+    encoder = create_encoder("resnet18", 8).eval()
+    save_encoder(encoder, tmp_path / "run" / "encoder")
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        for spec in (tmp_path / "run", tmp_path / "run" / "encoder" / "model.safetensors"):
+            assert torch.equal(load_encoder(spec).embed(images), encoder.embed(images))
+
+
+def test_errors_say_what_was_expected(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json is missing.*random:NAME"):
+        load_encoder(tmp_path)
+    with pytest.raises(ValueError, match=r"resnet19.*near it"):
+        load_encoder("random:resnet19")
+    with pytest.raises(RuntimeError, match="no embedding head"):
+        load_encoder("random:resnet18").embed(torch.zeros(1, 3, 32, 32))
+    save_encoder(create_encoder("resnet18"), tmp_path / "e")
+    config = (tmp_path / "e" / "config.json").read_text().replace("resnet18", "resnet34")
+    (tmp_path / "e" / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=r"model\.safetensors does not fit"):
+        load_encoder(tmp_path / "e")
+
+
+def test_missing_pretrained_weights_are_an_error_never_random(monkeypatch):
+    real = timm.create_model
+
+    def offline(name, pretrained=False, **options):
+        if pretrained:
+            raise OSError("no network")
+        return real(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(RuntimeError, match="random:resnet18 if random weights are meant"):
+        load_encoder("timm:resnet18")
