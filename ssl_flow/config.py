@@ -1,0 +1,225 @@
+"""Every knob of a training run, with its default; and a strict YAML loader."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is learned from."""
+
+    store: str = "synthetic"
+    """A store written by `ssl-flow flow`, or `synthetic`: videos made and analysed on the spot."""
+    videos: int = 150
+    """How many synthetic videos (only for `store: synthetic`)."""
+    crop: int = 128
+    """Side of the training crops in pixels, a multiple of 32."""
+    min_scale: float = 0.3
+    """Smallest crop as a fraction of the frame's area; 1 = the whole shorter side."""
+    color_jitter: float = 0.4
+    """Strength of brightness, contrast, saturation and hue changes; 0 = none."""
+    workers: int = 1
+    """Processes that read and augment; 0 = in the training process."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Backbone and head."""
+
+    backbone: str = "resnet18"
+    """Any timm model name."""
+    pretrained: bool = False
+    """Start from timm's weights instead of random ones."""
+    embedding_dim: int = 16
+    """D, the length of a pixel's embedding."""
+    hidden_dim: int = 128
+    """Channels to which the head projects every level of the backbone."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The cross-pixel flow-similarity loss."""
+
+    objective: Literal["cross_entropy", "kernel_alignment", "regression"] = "cross_entropy"
+    """What compares the two kernel matrices."""
+    embedding_scale: float = 1.0
+    """s of the embedding kernel, s * cosine."""
+    learn_scale: bool = False
+    """Learn s (log-parametrised)."""
+    embedding_temperature: float = 0.1
+    """Softmax temperature of the embedding kernel (cross_entropy)."""
+    flow_sigma: float = 0.5
+    """Width of the Gaussian flow kernel, in units of the normalised flow."""
+    flow_temperature: float = 0.1
+    """Softmax temperature of the flow kernel (cross_entropy)."""
+    self_pairs: Literal["exclude", "subtract_identity"] = "exclude"
+    """How a pixel's pair with itself is kept from dominating."""
+    flow_normalization: Literal["standardize", "log", "none"] = "standardize"
+    """Per image: zero mean and unit deviation; log compression to [-1, 1]; pixels as they are."""
+    backend: Literal["auto", "chunked", "reference"] = "auto"
+    """Which implementation computes the loss."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation."""
+
+    steps: int = 600
+    """Optimiser steps."""
+    batch_size: int = 16
+    """Crops a step."""
+    learning_rate: float = 1e-3
+    """Peak of warm-up + cosine, AdamW."""
+    weight_decay: float = 0.05
+    """AdamW's, on weights that are matrices or kernels."""
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises."""
+    amp: Literal["auto", "bfloat16", "none"] = "auto"
+    """Autocast; auto = bfloat16 where the device computes it natively."""
+    log_every: int = 20
+    """Steps between lines of metrics."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints (to resume) and pictures."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The score at the end of the run."""
+
+    data: str = "synthetic"
+    """Labelled data for the linear probe, e.g. `camvid:PATH`; `none` = no score."""
+    seeds: int = 1
+    """Probe seeds; as many random encoders are probed beside them."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A pretraining run: videos' flow -> encoder -> score."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    seed: int = 0
+    """Of weights, order and augmentation."""
+    device: str = "auto"
+    """`auto` = cuda where there is one, else cpu."""
+    out: str = "runs"
+    """Folder in which the run's own folder is made."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values before anything starts."""
+        checks = [
+            ("data.crop", self.data.crop > 0 and self.data.crop % 32 == 0, "a multiple of 32"),
+            ("data.min_scale", 0 < self.data.min_scale <= 1, "in (0, 1]"),
+            ("data.color_jitter", 0 <= self.data.color_jitter <= 1, "in [0, 1]"),
+            ("data.workers", self.data.workers >= 0, "0 or more"),
+            ("data.videos", self.data.videos >= 1, "1 or more"),
+            ("model.embedding_dim", self.model.embedding_dim >= 2, "2 or more"),
+            ("model.hidden_dim", self.model.hidden_dim >= 1, "1 or more"),
+            ("train.steps", self.train.steps >= 1, "1 or more"),
+            ("train.batch_size", self.train.batch_size >= 1, "1 or more"),
+            ("train.learning_rate", self.train.learning_rate > 0, "above 0"),
+            ("train.weight_decay", self.train.weight_decay >= 0, "0 or more"),
+            ("train.warmup", 0 <= self.train.warmup < 1, "in [0, 1)"),
+            ("train.log_every", self.train.log_every >= 1, "1 or more"),
+            ("train.checkpoint_every", self.train.checkpoint_every >= 1, "1 or more"),
+            ("evaluation.seeds", self.evaluation.seeds >= 1, "1 or more"),
+        ]
+        for key, fine, expected in checks:
+            if not fine:
+                group, name = key.split(".")
+                value = getattr(getattr(self, group), name)
+                raise ValueError(f"{key} is {value!r}; expected {expected}")
+
+
+def load_config(name: str) -> Config:
+    """Read a YAML file, or a preset by its name (`quickstart`, `small`, ...).
+
+    Raises:
+        FileNotFoundError: neither a file nor a preset; lists the presets.
+        ValueError: an unknown key (names the nearest known one) or a value of the wrong type.
+    """
+    path = Path(name)
+    if not path.is_file():
+        presets = preset_files()
+        if name not in presets:
+            raise FileNotFoundError(
+                f"no configuration {name!r}: not a file, and the presets are "
+                f"{', '.join(sorted(presets))}"
+            )
+        path = presets[name]
+    loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    config: Config = _build(Config, loaded, str(path), "")
+    return config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration as YAML that `load_config` reads."""
+    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+
+
+def preset_files() -> dict[str, Path]:
+    """Preset name -> its file: in the installed package, or in the checkout's `configs/`."""
+    here = Path(__file__).parent
+    folders = [here / "configs", here.parent / "configs"]
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+
+
+def _build(kind: Any, values: Any, source: str, prefix: str) -> Any:  # noqa: ANN401
+    if not isinstance(values, dict):
+        raise ValueError(f"{source}: {prefix or 'the file'} holds {values!r}; expected keys")
+    hints = typing.get_type_hints(kind)
+    built = {}
+    for key, value in values.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), _all_keys(), n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(hints)}"
+            raise ValueError(f"{source}: unknown key {name!r}{hint}")
+        hint_type = hints[key]
+        if dataclasses.is_dataclass(hint_type):
+            built[key] = _build(hint_type, value, source, name)
+        else:
+            built[key] = _checked(hint_type, value, f"{source}: {name}")
+    return kind(**built)
+
+
+def _checked(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            raise ValueError(f"{where} is {value!r}; expected one of {', '.join(choices)}")
+        return value
+    if isinstance(hint, types.UnionType):
+        raise TypeError(f"{where}: unions are not used in configurations")
+    if hint is float and isinstance(value, str):
+        # YAML 1.1 reads 1e-3 (without a dot) as text.
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not hint:
+        raise ValueError(f"{where} is {value!r}; expected {hint.__name__}")
+    return value
+
+
+def _all_keys() -> list[str]:
+    groups = typing.get_type_hints(Config)
+    keys = list(groups)
+    for kind in groups.values():
+        if dataclasses.is_dataclass(kind):
+            keys += list(typing.get_type_hints(kind))
+    return keys
