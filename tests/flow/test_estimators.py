@@ -1,0 +1,194 @@
+import importlib.metadata
+
+import cv2
+import numpy as np
+import pytest
+from clips import texture
+
+from ssl_flow.flow import OPTIONS, flow_validity, optical_flow
+
+METHODS = list(OPTIONS)
+
+
+def shifted_pair(dx, dy):
+    big = texture(1, 120, 150)
+    prev = big[20:84, 20:116]
+    # What is at (x, y) in prev is at (x + dx, y + dy) in next.
+    return prev, big[20 - dy : 84 - dy, 20 - dx : 116 - dx]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("dx", "dy"), [(3, 0), (0, 2), (-2, 1)])
+def test_translation_has_the_right_sign_and_axis_order(method, dx, dy):
+    flow = optical_flow(*shifted_pair(dx, dy), method=method)
+    assert flow.shape == (64, 96, 2)
+    assert flow.dtype == np.float32
+    inside = flow[12:-12, 12:-12]
+    np.testing.assert_allclose(np.median(inside, axis=(0, 1)), (dx, dy), atol=0.25)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_grey_images_give_the_flow_of_their_rgb_images(method):
+    pair = shifted_pair(2, 1)
+    grey = [cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in pair]
+    np.testing.assert_array_equal(
+        optical_flow(*grey, method=method), optical_flow(*pair, method=method)
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "value"),
+    [
+        ("farneback", "pyr_scale", 0.8),
+        ("farneback", "levels", 1),
+        ("farneback", "winsize", 9),
+        ("farneback", "iterations", 1),
+        ("farneback", "poly_n", 7),
+        ("farneback", "poly_sigma", 1.5),
+        ("farneback", "flags", cv2.OPTFLOW_FARNEBACK_GAUSSIAN),
+        ("dis", "preset", "ultrafast"),
+        ("dis", "preset", "fast"),
+        ("dis", "finest_scale", 2),
+        ("dis", "patch_size", 12),
+        ("dis", "patch_stride", 2),
+        ("dis", "gradient_descent_iterations", 2),
+        ("dis", "variational_refinement_iterations", 0),
+        ("dis", "variational_refinement_alpha", 5.0),
+        ("dis", "variational_refinement_delta", 1.0),
+        ("dis", "variational_refinement_gamma", 1.0),
+        ("dis", "use_mean_normalization", False),
+        ("dis", "use_spatial_propagation", False),
+        ("tvl1", "warps", 1),
+        ("tvl1", "outer_iterations", 2),
+        ("tvl1", "inner_iterations", 3),
+        ("tvl1", "scale_step", 0.8),
+        ("tvl1", "nscales", 1),
+        ("tvl1", "tau", 0.1),
+        ("tvl1", "lambda_", 0.02),
+        ("tvl1", "theta", 0.1),
+        ("tvl1", "epsilon", 0.5),
+        ("tvl1", "gamma", 0.5),
+        ("tvl1", "median_filtering", 1),
+    ],
+)
+def test_every_option_changes_the_flow(method, name, value):
+    first = texture(1, 128, 160)
+    turn = cv2.getRotationMatrix2D((80, 64), 4, 1.05)
+    second = cv2.warpAffine(first, turn, (160, 128))
+    default = optical_flow(first, second, method=method)
+    assert not np.array_equal(default, optical_flow(first, second, method, **{name: value}))
+
+
+def test_every_option_is_tested():
+    marks = test_every_option_changes_the_flow.pytestmark
+    tested = {(method, name) for method, name, _ in marks[0].args[1]}
+    assert tested == {(method, name) for method, known in OPTIONS.items() for name in known}
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("farnebeck", {}, "did you mean 'farneback'"),
+        ("raft", {}, "known: farneback, dis, tvl1"),
+        ("farneback", {"win_size": 9}, "did you mean 'winsize'"),
+        ("dis", {"presett": "fast"}, "did you mean 'preset'"),
+        ("dis", {"preset": "fats"}, "did you mean 'fast'"),
+        ("dis", {"winsize": 9}, "has no option 'winsize'"),
+        ("tvl1", {"lambda": 0.1}, "did you mean 'lambda_'"),
+    ],
+)
+def test_unknown_names_are_refused_with_the_nearest(method, options, message):
+    with pytest.raises(ValueError, match=message):
+        optical_flow(*shifted_pair(1, 0), method=method, **options)
+
+
+@pytest.mark.parametrize(
+    ("prev", "next", "message"),
+    [
+        (np.zeros((32, 32)), np.zeros((32, 32)), "uint8 array, got float64"),
+        ([[1]], [[1]], "uint8 array, got list"),
+        (np.zeros((3, 32, 32), np.uint8),) * 2 + (r"RGB or \(H, W\) grey",),
+        (np.zeros((32, 32, 4), np.uint8),) * 2 + (r"RGB or \(H, W\) grey",),
+        (np.zeros((32, 32), np.uint8), np.zeros((32, 33), np.uint8), "must be equal"),
+        (np.zeros((32, 32), np.uint8), np.zeros((32, 32, 3), np.uint8), "must be equal"),
+        (np.zeros((15, 32), np.uint8),) * 2 + ("at least 16",),
+    ],
+)
+def test_unusable_images_are_refused(prev, next, message):
+    with pytest.raises(ValueError, match=message):
+        optical_flow(prev, next)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(16, 16), (16, 200), (17, 31)])
+def test_the_smallest_images_work(method, shape):
+    image = texture(2, *shape)
+    flow = optical_flow(image, np.roll(image, 1, axis=1), method=method)
+    assert flow.shape == (*shape, 2)
+    assert np.isfinite(flow).all()
+
+
+def test_missing_optflow_says_how_to_mend_it(monkeypatch):
+    monkeypatch.delattr(cv2, "optflow", raising=False)
+    first, second = shifted_pair(1, 0)
+    with pytest.raises(RuntimeError) as caught:
+        optical_flow(first, second, method="tvl1")
+    message = str(caught.value)
+    installed = [
+        dist.metadata["Name"]
+        for dist in importlib.metadata.distributions()
+        if dist.metadata["Name"].lower().startswith("opencv")
+    ]
+    for name in installed:
+        assert name in message
+    assert "pip uninstall -y opencv" in message
+    assert "pip install --no-cache-dir opencv-contrib-python-headless" in message
+    optical_flow(first, second, method="dis")  # the others do not need it
+
+
+def test_validity_marks_targets_outside_the_image():
+    flow = np.zeros((20, 30, 2), np.float32)
+    flow[..., 0] = 5
+    valid = flow_validity(flow)
+    assert valid.dtype == bool
+    assert valid[:, :25].all()
+    assert not valid[:, 25:].any()
+    flow[..., 0], flow[..., 1] = 0, -3
+    valid = flow_validity(flow)
+    assert valid[3:].all()
+    assert not valid[:3].any()
+
+
+def test_validity_compares_forward_and_backward_flow():
+    flow = np.zeros((20, 40, 2), np.float32)
+    flow[..., 0] = 4
+    backward = -flow
+    backward[:, 20:] = 0  # contradicts the pixels that move there: x >= 16
+    valid = flow_validity(flow, backward)
+    assert valid[:, :16].all()
+    assert not valid[:, 16:].any()
+    # |wf + wb|^2 < 0.01 (|wf|^2 + |wb|^2) + 0.5 at its border: 4 and -4 + d, d^2 = 0.5 + 0.01 (...)
+    for d, expected in ((0.85, True), (0.95, False)):
+        assert flow_validity(flow, -flow + np.float32([d, 0]))[:, :30].all() == expected
+
+
+def test_validity_refuses_wrong_shapes():
+    with pytest.raises(ValueError, match=r"\(H, W, 2\)"):
+        flow_validity(np.zeros((2, 8, 8), np.float32))
+    with pytest.raises(ValueError, match="backward"):
+        flow_validity(np.zeros((8, 8, 2), np.float32), np.zeros((8, 9, 2), np.float32))
+
+
+# Mean endpoint error in pixels of each method at native size is below these.
+CEILING = {"farneback": 0.75, "dis": 0.30, "tvl1": 0.25}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_endpoint_error_on_middlebury(method, data):
+    folder = data / "flow/middlebury/RubberWhale"
+    prev, next = (cv2.imread(str(folder / f"frame{i}.png")) for i in (10, 11))
+    truth = cv2.imread(str(folder / "flow10.png"), cv2.IMREAD_UNCHANGED)  # known, v, u
+    true_flow = (truth[..., :0:-1].astype(np.float32) - 32768) / 64
+    flow = optical_flow(prev[..., ::-1].copy(), next[..., ::-1].copy(), method=method)
+    error = np.linalg.norm(flow - true_flow, axis=-1)[truth[..., 0] > 0]
+    assert error.mean() < CEILING[method]

@@ -1,0 +1,348 @@
+import json
+import pickle
+import shutil
+import tarfile
+
+import cv2
+import numpy as np
+import pytest
+from clips import moving, texture, write_video
+
+from ssl_flow.flow import (
+    FlowStore,
+    Frame,
+    Source,
+    StoreError,
+    extract,
+    find_sources,
+    flow_validity,
+    optical_flow,
+)
+from ssl_flow.flow.command import flow_command
+
+
+def shards(store):
+    return {
+        str(file.relative_to(store)): file.read_bytes()
+        for file in sorted((store / "shards").rglob("*"))
+        if file.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("in") / "clips"
+    folder.mkdir()
+    write_video(folder / "a.mp4", moving(12, seed=1))
+    write_video(folder / "b.mkv", moving(9, seed=2), fps=20)
+    (folder / "c").mkdir()
+    for i, image in enumerate(moving(8, seed=3)):
+        cv2.imwrite(str(folder / "c" / f"{i:05d}.png"), image[..., ::-1])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(clips, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "store"
+    assert flow_command([str(clips), "--out", str(out), "--workers", "1", "--size", "48"]) == 0
+    return out
+
+
+def make_store(frames, tmp_path, **options):
+    def source(short_side):
+        return iter([Frame(i / 10, image) for i, image in enumerate(frames)])
+
+    return extract([Source("made", source)], tmp_path / "made_store", **options)
+
+
+def test_a_store_holds_frames_and_the_flow_between_them(clips, store):
+    flows = FlowStore(store)
+    assert flows.sources == ["clips/a.mp4", "clips/b.mkv", "clips/c"]
+    assert len(flows) == 11 + 4 + 2
+    for sample in (flows[i] for i in range(len(flows))):
+        assert sample.frame.shape == (48, 72, 3)
+        assert sample.frame.dtype == np.uint8
+        assert sample.flow.shape == (48, 72, 2)
+        assert sample.flow.dtype == np.float32
+        np.testing.assert_array_equal(sample.valid, flow_validity(sample.flow))
+        frames_apart = {"a.mp4": 1, "b.mkv": 2, "c": 2.4}[sample.meta["video"].split("/")[1]]
+        u, v = np.median(sample.flow[8:-8, 8:-8], axis=(0, 1))  # 2 px right, 1 down, at 3/4 size
+        assert (u, v) == pytest.approx((1.5 * frames_apart, 0.75 * frames_apart), rel=0.25)
+    meta = flows[1].meta
+    assert meta["time"] == pytest.approx(0.1)
+    assert meta["gap"] == pytest.approx(0.1)
+    assert (meta["method"], meta["size"]) == ("dis", [48, 72])
+    with pytest.raises(IndexError):
+        flows[len(flows)]
+    np.testing.assert_array_equal(flows[-1].flow, flows[len(flows) - 1].flow)
+
+
+def test_random_access_reads_what_tarfile_reads(store):
+    flows = FlowStore(store)
+    with tarfile.open(store / "shards/clips/b.mkv.tar") as tar:
+        contents = {info.name: tar.extractfile(info).read() for info in tar}
+    first = len(FlowStore(store, include="clips/a.mp4"))
+    names = list(contents)
+    for i in range(len(contents) // 3):
+        key = f"clips/b.mkv/{i:06d}"
+        assert names[3 * i : 3 * i + 3] == [f"{key}.jpg", f"{key}.flow.png", f"{key}.json"]
+        sample = flows[first + i]
+        assert sample.meta == json.loads(contents[f"{key}.json"])
+        frame = cv2.imdecode(np.frombuffer(contents[f"{key}.jpg"], np.uint8), cv2.IMREAD_COLOR)
+        np.testing.assert_array_equal(sample.frame, frame[..., ::-1])
+        planes = cv2.imdecode(np.frombuffer(contents[f"{key}.flow.png"], np.uint8), -1)
+        u, v = np.split((planes.astype(np.float32) - 32768) / 16, 2)
+        np.testing.assert_array_equal(sample.flow, np.stack([u, v], axis=-1))
+
+
+def test_include_chooses_sources(store):
+    assert FlowStore(store, include=["clips/b.mkv", "*/c"]).sources == ["clips/b.mkv", "clips/c"]
+    assert FlowStore(store, include=["clips/b.mkv"])[0].meta["video"] == "clips/b.mkv"
+    with pytest.raises(StoreError, match=r"matches 'd\*'"):
+        FlowStore(store, include=["clips/c", "d*"])
+
+
+def test_a_store_is_small_when_pickled(store):
+    flows = FlowStore(store)
+    flows[0]
+    data = pickle.dumps(flows)
+    assert len(data) < 10_000
+    np.testing.assert_array_equal(pickle.loads(data)[5].flow, flows[5].flow)
+
+
+def test_two_workers_make_the_same_bytes(clips, store, tmp_path):
+    summary = extract(find_sources([clips])[0], tmp_path / "two", size=48, workers=2)
+    assert summary.done == 3
+    assert summary.pairs == len(FlowStore(store))
+    assert shards(tmp_path / "two") == shards(store)
+
+
+def test_a_second_call_does_nothing_and_says_so(clips, store, capsys):
+    before = shards(store)
+    times = {name: (store / name).stat().st_mtime_ns for name in before}
+    assert flow_command([str(clips), "--out", str(store), "--size", "48"]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert {name: (store / name).stat().st_mtime_ns for name in before} == times
+
+
+@pytest.mark.parametrize("damage", ["no index", "no tar", "short tar", "bad index"])
+def test_an_unfinished_shard_is_made_again(clips, store, tmp_path, damage):
+    copy = tmp_path / "copy"
+    shutil.copytree(store, copy)
+    tar, index = copy / "shards/clips/a.mp4.tar", copy / "shards/clips/a.mp4.index.json"
+    if damage == "no index":
+        index.unlink()
+        (copy / "shards/clips/.a.mp4.tar.tmp").write_bytes(b"left by a killed run")
+    elif damage == "no tar":
+        tar.unlink()
+    elif damage == "short tar":
+        tar.write_bytes(tar.read_bytes()[:-1000])
+    else:
+        index.write_text("{")
+    if damage != "no index":
+        with pytest.raises(StoreError, match=r"a\.mp4.*delete .* run"):
+            FlowStore(copy)
+    else:
+        assert FlowStore(copy).sources == ["clips/b.mkv", "clips/c"]
+    summary = extract(find_sources([clips])[0], copy, size=48)
+    assert (summary.done, summary.already_done) == (1, 2)
+    assert shards(copy) == shards(store)
+
+
+def test_damage_while_reading_names_the_shard(store, tmp_path):
+    shutil.copytree(store, tmp_path / "copy")
+    flows = FlowStore(tmp_path / "copy")
+    tar = tmp_path / "copy/shards/clips/a.mp4.tar"
+    tar.write_bytes(tar.read_bytes()[:2000])
+    with pytest.raises(StoreError, match=r"a\.mp4\.tar is damaged .*delete"):
+        flows[5]
+    tar.write_bytes(bytes(10**6))
+    with pytest.raises(StoreError, match=r"a\.mp4\.tar is damaged"):
+        flows[5]
+
+
+@pytest.mark.parametrize(
+    ("flags", "key"),
+    [
+        (["--size", "32"], "size"),
+        (["--gap", "0.2"], "gap"),
+        (["--every", "1"], "every"),
+        (["--method", "farneback"], "method"),
+        (["--option", "preset=fast"], "options"),
+        (["--consistency"], "consistency"),
+    ],
+)
+def test_other_settings_are_refused(clips, store, capsys, flags, key):
+    before = shards(store)
+    assert flow_command([str(clips), "--out", str(store), "--size", "48", *flags]) == 2
+    assert f"made with {key} = " in capsys.readouterr().err
+    assert shards(store) == before
+
+
+def test_what_is_no_store_is_refused(store, tmp_path):
+    with pytest.raises(StoreError, match="not a flow store"):
+        FlowStore(tmp_path)
+    (tmp_path / "thesis.txt").write_text("not to be mixed with")
+    with pytest.raises(StoreError, match="no flow store"):
+        extract([], tmp_path)
+    shutil.copytree(store, tmp_path / "copy")
+    settings = json.loads((store / "store.json").read_text())
+    (tmp_path / "copy/store.json").write_text(json.dumps({**settings, "version": 99}))
+    with pytest.raises(StoreError, match="version 99"):
+        FlowStore(tmp_path / "copy")
+
+
+def test_broken_videos_are_named_and_left_out(tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_video(folder / "good.mp4", moving(5))
+    write_video(folder / "single.mp4", moving(1))
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "text.mp4").write_bytes(b"no video\n" * 99)
+    options = {"movflags": "+faststart"}
+    whole = write_video(folder / "cut.mp4", moving(50), options=options).read_bytes()
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) * 6 // 10])
+    out = tmp_path / "store"
+    command = [str(folder), "--out", str(out), "--workers", "1"]
+    assert flow_command(command) == 0
+    printed = capsys.readouterr().out
+    problems = [json.loads(line) for line in (out / "problems.jsonl").read_text().splitlines()]
+    reasons = {problem["source"]: problem["reason"] for problem in problems}
+    assert set(reasons) == {f"in/{name}.mp4" for name in ("single", "empty", "text", "cut")}
+    assert "no two frames 0.1 s apart in 1 frame" in reasons["in/single.mp4"]
+    assert all(name in printed for name in reasons)
+    assert "4 problems" in printed
+    flows = FlowStore(out)
+    assert len(FlowStore(out, include="in/good.mp4")) == 4
+    assert 15 < len(FlowStore(out, include="in/cut.mp4")) < 49  # the good part is kept
+    assert flow_command(command) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert len(FlowStore(out)) == len(flows)
+    assert len((out / "problems.jsonl").read_text().splitlines()) == 4  # each is listed once
+
+
+def test_nothing_usable_is_a_failure(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/empty.mp4").write_bytes(b"")
+    assert flow_command([str(tmp_path / "in"), "--out", str(tmp_path / "store")]) == 1
+    assert "holds no pair" in capsys.readouterr().err
+    assert flow_command([str(tmp_path / "absent"), "--out", str(tmp_path / "s")]) == 2
+    assert "no such file" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_file_that_was_replaced_is_not_taken_for_the_old_one(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_video(folder / "a.mp4", moving(4))
+    sources = find_sources([folder])[0]
+    extract(sources, tmp_path / "store")
+    write_video(folder / "a.mp4", moving(6, seed=5))
+    summary = extract(sources, tmp_path / "store")
+    assert (summary.done, summary.already_done) == (0, 0)
+    assert "has changed" in summary.problems[0].reason
+
+
+def test_pairs_without_motion_are_left_out(tmp_path):
+    still = [texture(0)] * 4
+    noisy = [
+        np.clip(still[0] + np.random.default_rng(i).normal(0, 2, still[0].shape), 0, 255)
+        for i in range(3)
+    ]
+    frames = [
+        *still,
+        *(image.astype(np.uint8) for image in noisy),
+        *[still[0]],
+        np.roll(still[0], 3, 1),
+    ]
+    summary = make_store(frames, tmp_path)
+    assert summary.skipped == {"static": 7}
+    assert summary.pairs == 1
+
+
+def test_pairs_across_a_cut_are_left_out(tmp_path):
+    summary = make_store([*moving(5, seed=1), *moving(5, seed=2)], tmp_path)
+    assert summary.skipped == {"cut": 1}
+    assert summary.pairs == 8
+    times = [FlowStore(tmp_path / "made_store")[i].meta["time"] for i in range(8)]
+    assert times == pytest.approx([0, 0.1, 0.2, 0.3, 0.5, 0.6, 0.7, 0.8])
+
+
+def test_consistency_stores_where_both_flows_agree(tmp_path):
+    frames = moving(3)
+    make_store(frames, tmp_path, consistency=True)
+    flows = FlowStore(tmp_path / "made_store")
+    sample = flows[0]
+    forward = optical_flow(frames[0], frames[1], method="dis")
+    backward = optical_flow(frames[1], frames[0], method="dis")
+    expected = flow_validity(forward, backward) & flow_validity(sample.flow)
+    np.testing.assert_array_equal(sample.valid, expected)
+    assert sample.meta["consistent"] == pytest.approx(expected.mean(), abs=0.01)
+    with tarfile.open(tmp_path / "made_store/shards/made.tar") as tar:
+        assert "made/000000.valid.png" in tar.getnames()
+
+
+def test_method_and_options_reach_the_flow(tmp_path):
+    frames = moving(2)
+    make_store(frames, tmp_path, method="farneback", options={"winsize": 9})
+    expected = optical_flow(*frames, method="farneback", winsize=9)
+    np.testing.assert_allclose(FlowStore(tmp_path / "made_store")[0].flow, expected, atol=1 / 32)
+
+
+def test_wrong_arguments_are_refused_before_any_work(tmp_path):
+    def source(short_side):
+        raise AssertionError("must not be read")
+
+    for arguments in (
+        {"size": 8},
+        {"gap": 0},
+        {"workers": 0},
+        {"every": -1},
+        {"method": "raft"},
+        {"options": {"presett": "fast"}},
+    ):
+        with pytest.raises(ValueError):
+            extract([Source("a", source)], tmp_path / "store", **arguments)
+    with pytest.raises(ValueError, match="unique"):
+        extract([Source("a", source)] * 2, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+    with pytest.raises(ValueError, match="relative path"):
+        extract([Source("../a", source)], tmp_path / "store")
+
+
+def dying_source(short_side):
+    import os
+
+    yield Frame(0.0, texture(0))
+    os._exit(1)
+
+
+def living_source(short_side):
+    for i, image in enumerate(moving(4)):
+        yield Frame(i / 10, image)
+
+
+def test_a_dying_worker_is_one_problem_and_the_rest_goes_on(tmp_path):
+    sources = [Source("dies", dying_source), Source("x", living_source), Source("y", living_source)]
+    summary = extract(sources, tmp_path / "store", workers=2)
+    assert [problem.source for problem in summary.problems] == ["dies"]
+    assert "worker process died" in summary.problems[0].reason
+    assert summary.pairs == 6
+
+
+@pytest.mark.parametrize(("clip", "fewest"), [("wolf.mp4", 19), ("bonsai_handheld.mp4", 11)])
+def test_real_clips(data, tmp_path, clip, fewest):
+    sources, _ = find_sources([data / "video" / clip])
+    summary = extract(sources, tmp_path / "store", size=128, options={"preset": "fast"})
+    assert summary.pairs >= fewest
+    assert summary.problems == []
+
+
+def test_the_cuts_of_a_real_clip_are_found(data, tmp_path):
+    sources, _ = find_sources([data / "video/street_cuts.mp4"])
+    summary = extract(sources, tmp_path / "store", size=128, options={"preset": "fast"})
+    flows = FlowStore(tmp_path / "store")
+    spans = [(m["time"], m["time"] + m["gap"]) for m in (flows[i].meta for i in range(len(flows)))]
+    for frame in (30, 76, 137, 187, 242):  # the first frame of a shot
+        assert not any(a < frame / 25 - 1e-3 and frame / 25 - 1e-3 < b for a, b in spans)
+    assert summary.skipped["cut"] <= 7
