@@ -1,0 +1,9 @@
+"""Losses: what the embedding is asked to do.
+
+:class:`CrossPixelFlowLoss` is the one to use; ``reference`` holds its formulas, ``chunked`` the
+same without N x N memory.
+"""
+
+from ssl_flow.losses.cross_pixel import CrossPixelFlowLoss
+
+__all__ = ["CrossPixelFlowLoss"]

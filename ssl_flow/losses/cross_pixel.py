@@ -1,0 +1,279 @@
+"""The cross-pixel flow-similarity loss as a module: checks, weights, normalisation, back ends.
+
+Formulas and source (arXiv 1807.05636): :mod:`ssl_flow.losses.reference`.
+"""
+
+import math
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssl_flow.losses import chunked, reference
+
+OBJECTIVES = ("cross_entropy", "kernel_alignment", "regression")
+SELF_PAIRS = ("exclude", "subtract_identity")
+_BACKENDS: dict[str, ModuleType] = {"chunked": chunked, "reference": reference}
+_MAX_EXPONENT = 80.0  # what float32 exponentials take: exp(80) is 5.5e34
+_MIN_SCALE = 1e-4  # where a learned scale stops
+
+
+class CrossPixelFlowLoss(torch.nn.Module):
+    """Pixels that move alike get similar embeddings: all pairs of pixels of an image, compared.
+
+    Args:
+        objective: ``"cross_entropy"``, ``"kernel_alignment"`` or ``"regression"``.
+        embedding_scale: s, the largest value of the embedding kernel ``s cos(e_u, e_v)``; the
+            kernel alignment doesn't depend on it.
+        embedding_temperature: softmax temperature of the embedding kernel. Cross-entropy only.
+        flow_sigma: width of the Gaussian flow kernel, in the unit of ``flow`` (pixels).
+        flow_temperature: softmax temperature of the flow kernel. Cross-entropy only.
+        self_pairs: ``"exclude"`` leaves pairs of a pixel with itself out; ``"subtract_identity"``
+            (cross-entropy only) keeps them and subtracts the identity from both kernels.
+        learn_scale: make s a parameter, ``log_scale``, kept within the bounds below.
+        backend: ``"chunked"`` (memory O(N)), ``"reference"`` (dense, to compare with), ``"auto"``.
+
+    Raises:
+        ValueError: for an unknown name, a number that isn't positive, an option that the objective
+            can't honour, and, for cross-entropy, exponents out of float32's reach
+            (``2 embedding_scale / embedding_temperature > 80`` or ``1 / flow_temperature > 80``).
+
+    Example:
+        >>> loss = CrossPixelFlowLoss()
+        >>> embedding = torch.randn(2, 16, 8, 8, requires_grad=True)
+        >>> loss(embedding, flow=torch.randn(2, 2, 8, 8)).backward()
+    """
+
+    def __init__(
+        self,
+        objective: str = "cross_entropy",
+        embedding_scale: float = 1.0,
+        embedding_temperature: float = 0.1,
+        flow_sigma: float = 0.5,
+        flow_temperature: float = 0.1,
+        self_pairs: str = "exclude",
+        learn_scale: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        """Check and keep the options; see the class."""
+        super().__init__()
+        _check_choice("objective", objective, OBJECTIVES)
+        _check_choice("self_pairs", self_pairs, SELF_PAIRS)
+        _check_choice("backend", backend, ("auto", *_BACKENDS))
+        for name, value in {
+            "embedding_scale": embedding_scale,
+            "embedding_temperature": embedding_temperature,
+            "flow_sigma": flow_sigma,
+            "flow_temperature": flow_temperature,
+        }.items():
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a positive finite number, found {value}")
+        if objective == "cross_entropy":
+            _check_exponents(embedding_scale, embedding_temperature, flow_temperature)
+        elif self_pairs == "subtract_identity":
+            raise ValueError(
+                f"self_pairs='subtract_identity' is for objective='cross_entropy', found "
+                f"objective={objective!r}: use self_pairs='exclude'"
+            )
+        if learn_scale and objective == "kernel_alignment":
+            raise ValueError(
+                "learn_scale=True has no effect with objective='kernel_alignment', which doesn't "
+                "depend on the scale: use learn_scale=False"
+            )
+        self.objective = objective
+        self.embedding_scale = float(embedding_scale)
+        self.embedding_temperature = float(embedding_temperature)
+        self.flow_sigma = float(flow_sigma)
+        self.flow_temperature = float(flow_temperature)
+        self.self_pairs = self_pairs
+        self.learn_scale = learn_scale
+        self.backend = backend
+        if learn_scale:
+            self.log_scale = torch.nn.Parameter(torch.tensor(math.log(embedding_scale)))
+
+    @property
+    def scale(self) -> float | Tensor:
+        """The current s: a number, or a tensor of no dimensions if it is learned.
+
+        A learned s stays within [1e-4, 40 embedding_temperature] (cross-entropy; no upper bound for
+        regression). Beyond a bound the value is the bound's and the gradient goes through, so that
+        the parameter can come back.
+        """
+        if not self.learn_scale:
+            return self.embedding_scale
+        log_scale = self.log_scale.to(torch.promote_types(self.log_scale.dtype, torch.float32))
+        upper = None
+        if self.objective == "cross_entropy":
+            upper = math.log(_MAX_EXPONENT / 2 * self.embedding_temperature)
+        lower = math.log(min(_MIN_SCALE, self.embedding_scale))
+        clamped = log_scale.clamp(lower, upper)
+        return (log_scale + (clamped - log_scale).detach()).exp()
+
+    def forward(self, embedding: Tensor, flow: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The mean of :meth:`per_image` over the batch, a scalar."""
+        return self.per_image(embedding, flow, weight).mean()
+
+    def per_image(self, embedding: Tensor, flow: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The loss of each image, (B,).
+
+        Args:
+            embedding: (B, D, H, W) floating point, of any length (it is normalised over D). Half
+                precision is computed in float32, float64 stays.
+            flow: (B, 2, H, W) floating point, at the embedding's resolution; pixels, x right, y
+                down. It gets no gradient.
+            weight: (B, H, W) floating point or None for ones. A pixel of weight 0 is ignored,
+                whatever it holds (NaN too). An image with fewer than two others has loss 0.
+
+        Returns:
+            (B,) float32 (float64 for float64 embeddings). NaN, and a gradient of NaN, for an image
+            with a value that isn't finite where the weight isn't 0, or a weight that is negative or
+            not finite; it isn't raised, since looking would make a GPU wait.
+
+        Raises:
+            TypeError: if a tensor isn't of a floating-point type.
+            ValueError: if shapes or devices don't fit together, or flow or weight requires grad.
+        """
+        _check_inputs(flow, weight, embedding)
+        with torch.autocast(embedding.device.type, enabled=False):
+            dtype = _compute_dtype(embedding)
+            w, flow_rows, poison = _prepare(flow, weight, dtype)
+            e = torch.where(w[..., None] != 0, _rows(embedding).to(dtype), 0)
+            # The squared length is what normalising needs to be finite.
+            poison = poison * _nan_unless(e.detach().square().sum(-1).isfinite().all(-1), dtype)
+            e = F.normalize(e, dim=-1, eps=1e-6)
+            return self._objective(e, flow_rows, w) * poison
+
+    @torch.no_grad()
+    def target_entropy(self, flow: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Entropy of the target, (B,): the cross-entropy less this is a divergence >= 0, to watch.
+
+        Shapes, NaN and errors as for :meth:`per_image`; memory O(N) with ``backend="chunked"``.
+
+        Raises:
+            ValueError: also if the objective isn't cross-entropy, which alone has a target of
+                probabilities.
+        """
+        if self.objective != "cross_entropy":
+            raise ValueError(
+                f"target_entropy needs objective='cross_entropy', found {self.objective!r}"
+            )
+        _check_inputs(flow, weight)
+        with torch.autocast(flow.device.type, enabled=False):
+            w, flow_rows, poison = _prepare(flow, weight, _compute_dtype(flow))
+            entropy: Tensor = self._backend().target_entropy(
+                flow_rows,
+                w,
+                flow_sigma=self.flow_sigma,
+                flow_temperature=self.flow_temperature,
+                self_pairs=self.self_pairs,
+            )
+            return entropy * poison
+
+    @torch.no_grad()
+    def constant_loss(self, flow: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The loss of an embedding that is the same at each pixel, (B,): what collapse would cost.
+
+        Shapes, NaN and errors as for :meth:`per_image`. No gradient.
+        """
+        _check_inputs(flow, weight)
+        return self.per_image(torch.ones_like(flow[:, :1]), flow, weight)
+
+    def extra_repr(self) -> str:
+        """The options, for ``print``."""
+        text = (
+            f"objective={self.objective!r}, embedding_scale={self.embedding_scale:g}, "
+            f"flow_sigma={self.flow_sigma:g}, learn_scale={self.learn_scale}, "
+            f"backend={self.backend!r}"
+        )
+        if self.objective == "cross_entropy":
+            text += (
+                f", embedding_temperature={self.embedding_temperature:g}, "
+                f"flow_temperature={self.flow_temperature:g}, self_pairs={self.self_pairs!r}"
+            )
+        return text
+
+    def _backend(self) -> ModuleType:
+        return _BACKENDS["chunked" if self.backend == "auto" else self.backend]
+
+    def _objective(self, embedding: Tensor, flow: Tensor, weight: Tensor) -> Tensor:
+        options: dict[str, float | str] = {"flow_sigma": self.flow_sigma}
+        if self.objective == "cross_entropy":
+            options["embedding_temperature"] = self.embedding_temperature
+            options["flow_temperature"] = self.flow_temperature
+            options["self_pairs"] = self.self_pairs
+        function = getattr(self._backend(), self.objective)
+        loss: Tensor = function(embedding, self.scale, flow, weight, **options)
+        return loss
+
+
+def _check_choice(name: str, found: str, known: tuple[str, ...]) -> None:
+    if found not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}; found {found!r}")
+
+
+def _check_exponents(scale: float, embedding_temperature: float, flow_temperature: float) -> None:
+    if 2 * scale / embedding_temperature > _MAX_EXPONENT:
+        raise ValueError(
+            f"2 embedding_scale / embedding_temperature must be at most {_MAX_EXPONENT:g}, found "
+            f"2 * {scale} / {embedding_temperature}: raise the temperature or lower the scale"
+        )
+    if 1 / flow_temperature > _MAX_EXPONENT:
+        raise ValueError(
+            f"1 / flow_temperature must be at most {_MAX_EXPONENT:g}, found "
+            f"1 / {flow_temperature}: raise it to {1 / _MAX_EXPONENT} or more"
+        )
+
+
+def _check_inputs(flow: Tensor, weight: Tensor | None, embedding: Tensor | None = None) -> None:
+    """Raise TypeError or ValueError if the tensors don't fit; looks at no values."""
+    anchor, anchor_name = (flow, "flow") if embedding is None else (embedding, "embedding")
+    named = [(embedding, "embedding", 4), (flow, "flow", 4), (weight, "weight", 3)]
+    for tensor, name, dims in named:
+        if tensor is None:
+            continue
+        shape = tuple(tensor.shape)
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, found {tensor.dtype}")
+        if tensor.dim() != dims or 0 in shape:
+            layout = "(B, H, W)" if dims == 3 else "(B, channels, H, W)"
+            raise ValueError(f"{name} must be {layout} and not empty, found shape {shape}")
+        if name == "flow" and shape[1] != 2:
+            raise ValueError(f"flow must have 2 channels, (B, 2, H, W), found shape {shape}")
+        if (shape[0], *shape[-2:]) != (anchor.shape[0], *anchor.shape[-2:]):
+            raise ValueError(
+                f"{name} and {anchor_name} must agree in B, H and W, found {shape} and "
+                f"{tuple(anchor.shape)}: bring the flow to the embedding's grid first"
+            )
+        if tensor.device != anchor.device:
+            raise ValueError(
+                f"{name} and {anchor_name} must be on one device, found {tensor.device} and "
+                f"{anchor.device}"
+            )
+        if name != "embedding" and tensor.requires_grad:
+            raise ValueError(f"{name} gets no gradient here, found requires_grad: detach it")
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _rows(image: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H W, C)."""
+    return image.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _prepare(
+    flow: Tensor, weight: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight (B, N), flow (B, N, 2) with 0 where it is ignored, and 1 or NaN per image (B,)."""
+    if weight is None:
+        weight = torch.ones_like(flow[:, 0])
+    w = weight.flatten(1).to(dtype)
+    rows = torch.where(w[..., None] != 0, _rows(flow).to(dtype), 0)
+    good = (rows.isfinite().all(-1) & w.isfinite() & (w >= 0)).all(-1)
+    return w, rows, _nan_unless(good, dtype)
+
+
+def _nan_unless(good: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.where(good, 1.0, torch.nan).to(dtype)

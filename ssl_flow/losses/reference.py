@@ -1,0 +1,145 @@
+"""The cross-pixel flow-similarity losses, dense: the definition the other back ends are tested on.
+
+Mahendran, Thewlis and Vedaldi, "Cross Pixel Optical-Flow Similarity for Self-Supervised Learning"
+(arXiv 1807.05636): the kernels and the three objectives are those of its method section (kernel
+matching by cross-entropy, by alignment, by regression).
+
+An image is N pixels; pixel u has an embedding ``ê_u`` of unit length, a flow vector ``f_u``
+(pixels, x right, y down) and a weight ``w_u >= 0`` (0 = ignored). With
+
+    K_e(u, v) = s <ê_u, ê_v>                            the embedding kernel, in [-s, s]
+    K_f(u, v) = exp(-|f_u - f_v|^2 / (2 sigma^2))       the flow kernel, in (0, 1]
+
+the losses of one image are
+
+    cross-entropy   L = (1/W) sum_u w_u [ log z_u - (1/y_u) sum_v m w_v exp(K'_f/tau_f) K'_e/tau_e ]
+                    z_u = sum_v m w_v exp(K'_e/tau_e)     y_u = sum_v m w_v exp(K'_f/tau_f)
+                    W   = sum_u w_u
+    alignment       L = 1 - <K_e, K_f> / (|K_e| |K_f|)    each sum over pairs carries m w_u w_v
+    regression      L = sum m w_u w_v (K_e - K_f)^2 / sum m w_u w_v
+
+Pairs of a pixel with itself say nothing. ``self_pairs="exclude"`` drops them (``m_uu = 0``, else
+``m = 1``, ``K' = K``); ``"subtract_identity"``, for cross-entropy only, keeps them with
+``K' = K - I`` as re-implementations of the paper do. The cross-entropy is ``-sum S_f log S_e`` of
+the two row softmaxes S, less a constant; with the target's entropy in the same convention,
+
+    H = (1/W) sum_u w_u [ log y_u - (1/y_u) sum_v m w_v exp(K'_f/tau_f) K'_f/tau_f ],
+
+the divergence is ``KL = L - H >= 0``. An image with fewer than two weighted pixels has no pairs and
+its loss is 0 (with a gradient of zeros).
+
+Every function here takes ``embedding`` (B, N, D) of unit length, ``scale`` (s, a float or a tensor
+of no dimensions), ``flow`` (B, N, 2) and ``weight`` (B, N), all finite and of one dtype, and
+returns (B,). They make N x N matrices and keep them for autograd.
+"""
+
+import torch
+from torch import Tensor
+
+
+def has_pairs(weight: Tensor) -> Tensor:
+    """Which images of ``weight`` (B, N) have a pair of weighted pixels, (B,) bool."""
+    return (weight != 0).sum(-1) >= 2
+
+
+def cross_entropy(
+    embedding: Tensor,
+    scale: float | Tensor,
+    flow: Tensor,
+    weight: Tensor,
+    *,
+    embedding_temperature: float,
+    flow_sigma: float,
+    flow_temperature: float,
+    self_pairs: str,
+) -> Tensor:
+    """Cross-entropy of the embedding's row softmax against the flow's, (B,)."""
+    valid = has_pairs(weight)
+    k_e, k_f, m = _kernels(embedding, scale, flow, flow_sigma, self_pairs)
+    mw = m * weight[:, None, :]
+    z = (mw * torch.exp(k_e / embedding_temperature)).sum(-1)
+    # Only the ratio to y matters, so the exponent's range may be centred: exp(80) N overflows.
+    p_f = mw * torch.exp((k_f - 0.5) / flow_temperature)
+    y = p_f.sum(-1)
+    z, y = (torch.where(valid[:, None], t, 1) for t in (z, y))
+    rows = z.log() - (p_f * k_e / embedding_temperature).sum(-1) / y
+    return _weighted_mean(rows, weight, valid)
+
+
+def target_entropy(
+    flow: Tensor,
+    weight: Tensor,
+    *,
+    flow_sigma: float,
+    flow_temperature: float,
+    self_pairs: str,
+) -> Tensor:
+    """Entropy H of the flow's row softmax, (B,): what the cross-entropy can't go below."""
+    valid = has_pairs(weight)
+    _, k_f, m = _kernels(flow, 1.0, flow, flow_sigma, self_pairs)
+    k_f = k_f - 0.5  # leaves log y - <k_f/tau> as it is and keeps exp(80) N from overflowing
+    p_f = m * weight[:, None, :] * torch.exp(k_f / flow_temperature)
+    y = torch.where(valid[:, None], p_f.sum(-1), 1)
+    rows = y.log() - (p_f * k_f / flow_temperature).sum(-1) / y
+    return _weighted_mean(rows, weight, valid)
+
+
+def kernel_alignment(
+    embedding: Tensor, scale: float | Tensor, flow: Tensor, weight: Tensor, *, flow_sigma: float
+) -> Tensor:
+    """One minus the cosine between the two kernel matrices, (B,). ``scale`` cancels."""
+    k_e, k_f, m = _kernels(embedding, 1.0, flow, flow_sigma, "exclude")
+    mww = m * pair_weights(weight)
+    e_f, e_e, f_f = ((mww * a * b).sum((1, 2)) for a, b in ((k_e, k_f), (k_e, k_e), (k_f, k_f)))
+    return torch.where(has_pairs(weight), 1 - cosine(e_f, e_e, f_f), 0)
+
+
+def regression(
+    embedding: Tensor, scale: float | Tensor, flow: Tensor, weight: Tensor, *, flow_sigma: float
+) -> Tensor:
+    """Mean squared difference of the two kernels over pairs, (B,)."""
+    valid = has_pairs(weight)
+    k_e, k_f, m = _kernels(embedding, scale, flow, flow_sigma, "exclude")
+    mww = m * pair_weights(weight)
+    pairs = torch.where(valid, mww.sum((1, 2)), 1)
+    return torch.where(valid, (mww * (k_e - k_f).square()).sum((1, 2)) / pairs, 0)
+
+
+def pair_weights(weight: Tensor) -> Tensor:
+    """w_u w_v, (B, N, N), of weights divided by their sum: both users are free of its scale."""
+    weight = unit_sum(weight)
+    return weight[:, :, None] * weight[:, None, :]
+
+
+def unit_sum(weight: Tensor) -> Tensor:
+    """``weight`` (B, N) divided by its sum; zeros stay zeros."""
+    total = weight.sum(-1, keepdim=True)
+    return weight / torch.where(total == 0, 1, total)
+
+
+def cosine(e_f: Tensor, e_e: Tensor, f_f: Tensor) -> Tensor:
+    """<K_e, K_f> / (|K_e| |K_f|) from the three inner products.
+
+    A kernel whose root mean square is below 1e-6 counts as all zeros: rounding noise has no
+    direction worth learning, so the cosine is about 0 there instead of anything from -1 to 1.
+    """
+    return e_f / (e_e.clamp_min(1e-12) * f_f.clamp_min(1e-12)).sqrt()
+
+
+def _kernels(
+    embedding: Tensor, scale: float | Tensor, flow: Tensor, sigma: float, self_pairs: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """K'_e, K'_f and m, each (B or 1, N, N)."""
+    k_e = scale * embedding @ embedding.transpose(1, 2)
+    difference = flow[:, :, None, :] - flow[:, None, :, :]  # (B, N, N, 2)
+    k_f = torch.exp(-difference.square().sum(-1) / (2 * sigma**2))
+    identity = torch.eye(flow.shape[1], dtype=flow.dtype, device=flow.device)[None]
+    if self_pairs == "subtract_identity":
+        return k_e - identity, k_f - identity, torch.ones_like(identity)
+    return k_e, k_f, 1 - identity
+
+
+def _weighted_mean(rows: Tensor, weight: Tensor, valid: Tensor) -> Tensor:
+    """Mean of ``rows`` (B, N) by weight; 0 for an image that isn't ``valid``."""
+    total = torch.where(valid, weight.sum(-1), 1)
+    return torch.where(valid, (weight * rows).sum(-1) / total, 0)
