@@ -1,0 +1,258 @@
+"""Linear probe: what a frozen encoder's features say about the class of every pixel.
+
+    result = run_linear_probe(encoder, train_set, test_set, LinearProbe(), seed=0)
+    result.miou, result.per_class
+
+The classifier is BatchNorm + 1x1 convolution on the hypercolumn (Hariharan et al., CVPR 2015):
+every level of the encoder sampled bilinearly at a labelled pixel of the full-resolution mask.
+Training sees a sample of such pixels, cached once. Scoring uses that a 1x1 convolution commutes
+with bilinear upsampling: each level is projected to the classes at its own resolution and the
+logits are upsampled and summed: the same function, and no hypercolumn of every pixel in memory.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from ssl_flow.data.segmentation import IGNORE, SegmentationSet
+from ssl_flow.evaluation.metrics import ConfusionMatrix
+from ssl_flow.evaluation.pixel_features import (
+    check_features,
+    check_finite,
+    feature_levels,
+    normalized_batches,
+    project_levels,
+    sample_levels,
+)
+from ssl_flow.models.encoder import Encoder
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """The protocol; printed with every result and stored beside it."""
+
+    features: str = "hypercolumn"  # all levels; or embedding, or stage1 (finest), stage2, ...
+    pixels_per_image: int = 1024  # labelled pixels drawn uniformly from each training image
+    cache_gib: float = 1.0  # memory for their float16 features; when short, fewer are drawn
+    batch_pixels: int = 4096  # pixels per optimisation step
+    steps: int = 1000  # optimisation steps
+    lr: float = 1e-2  # AdamW's peak learning rate, cosine to 0; weights start from zero
+    weight_decay: float = 1e-3  # AdamW's
+    batch_images: int = 8  # images per forward pass of the encoder (no influence on the result)
+    batchnorm_images: int = 64  # random encoders only: train images that give BatchNorm statistics
+
+    def __post_init__(self) -> None:
+        """ValueError for a value with which nothing could be fitted."""
+        for name in ("pixels_per_image", "cache_gib", "batch_pixels", "steps", "lr",
+                     "batch_images", "batchnorm_images"):  # fmt: skip
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} = {getattr(self, name)}, expected more than 0")
+
+
+@dataclass
+class ProbeResult:
+    """Scores on the test split: over the whole split, at full mask resolution, ignore left out."""
+
+    miou: float
+    pixel_accuracy: float
+    per_class: dict[str, float | None]  # IoU; None: the class is in no truth and no prediction
+    seed: int
+    train_accuracy: float  # on the cached training pixels
+    pixels_per_image: int  # what was used (see LinearProbe.cache_gib)
+    channels: int  # features per pixel
+    seconds: float
+    examples: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(
+        default_factory=list, repr=False
+    )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The numbers, for JSON (without the example images)."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "examples"}
+
+
+def run_linear_probe(
+    encoder: Encoder,
+    train_set: SegmentationSet,
+    test_set: SegmentationSet,
+    protocol: LinearProbe | None = None,
+    seed: int = 0,
+    examples: int = 6,
+    progress: bool = True,
+) -> ProbeResult:
+    """Train the probe on one split, score it on another; the encoder stays as it is.
+
+    Args:
+        encoder: `features`, `embed`, `channels`, `normalization` as `ssl_flow.load_encoder` gives.
+        train_set: labelled images for the classifier.
+        test_set: labelled images to score; the same classes.
+        protocol: `LinearProbe()` by default.
+        seed: of the pixel sample and the batches.
+        examples: test images kept in the result as (image, truth, prediction), spread evenly.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: unknown features, different classes, non-finite features (names the image).
+    """
+    protocol = protocol or LinearProbe()
+    check_features(encoder, protocol.features)
+    if train_set.classes != test_set.classes:
+        raise ValueError(f"classes differ: train {train_set.classes}, test {test_set.classes}")
+    start, was_training = time.perf_counter(), encoder.training
+    encoder.eval()
+    generator = torch.Generator().manual_seed(seed)
+    features, labels, used = _collect(encoder, train_set, protocol, generator, progress)
+    weight, bias, accuracy = _fit(
+        features, labels, len(train_set.classes), protocol, generator, progress
+    )
+    del features
+    scores, kept = _score(encoder, test_set, weight, bias, protocol, examples, progress)
+    encoder.train(was_training)
+    per_class = {
+        c: None if np.isnan(v) else float(v)
+        for c, v in zip(test_set.classes, scores.iou(), strict=True)
+    }
+    return ProbeResult(
+        miou=scores.miou(),
+        pixel_accuracy=scores.pixel_accuracy(),
+        per_class=per_class,
+        seed=seed,
+        train_accuracy=accuracy,
+        pixels_per_image=used,
+        channels=weight.shape[1],
+        seconds=round(time.perf_counter() - start, 1),
+        examples=kept,
+    )
+
+
+@torch.no_grad()  # not inference_mode: autograd has to accept the features later
+def _collect(
+    encoder: Encoder,
+    dataset: SegmentationSet,
+    protocol: LinearProbe,
+    generator: torch.Generator,
+    progress: bool,
+) -> tuple[Tensor, Tensor, int]:
+    """Features (N, C) float16 and labels (N,) of the sampled pixels, and the pixels per image.
+
+    Rows are in random order, so that a batch is a slice: gathering rows costs more than a step.
+    """
+    features, labels, slots = torch.empty(0), torch.empty(0), torch.empty(0)
+    limit, filled = 0, 0
+    with tqdm(total=len(dataset), desc="train features", disable=not progress, leave=False) as bar:
+        for items, images in normalized_batches(encoder, dataset, protocol.batch_images):
+            levels, strides = feature_levels(encoder, images, protocol.features)
+            if not limit:  # the first image tells the number of channels
+                channels = sum(level.shape[1] for level in levels)
+                affordable = int(protocol.cache_gib * 2**30 / (2 * channels * len(dataset)))
+                limit = max(1, min(protocol.pixels_per_image, affordable))
+                features = torch.empty(
+                    limit * len(dataset), channels, dtype=torch.float16, device=images.device
+                )
+                labels = torch.full([len(features)], -1, device=images.device)
+                slots = torch.randperm(len(features), generator=generator).to(labels)
+            for i, item in enumerate(items):
+                check_finite(levels, i, item.name)
+                mask = torch.from_numpy(item.mask)
+                rows, columns = (mask != IGNORE).nonzero(as_tuple=True)
+                chosen = torch.randperm(len(rows), generator=generator)[:limit]
+                rows, columns = rows[chosen], columns[chosen]
+                sampled = sample_levels([x[i] for x in levels], strides, rows, columns).half()
+                if not sampled.isfinite().all():
+                    raise ValueError(f"features of {item.name} exceed float16's range (65504)")
+                slot = slots[filled : filled + len(rows)]
+                features[slot] = sampled
+                labels[slot] = mask[rows, columns].to(labels)
+                filled += len(rows)
+            bar.update(len(items))
+    if not filled:
+        raise ValueError(f"{dataset.name}: no training pixel has a label")
+    if filled < len(features):  # some image has fewer labelled pixels than the limit
+        features, labels = features[labels >= 0], labels[labels >= 0]
+    return features, labels, limit
+
+
+def _fit(
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    protocol: LinearProbe,
+    generator: torch.Generator,
+    progress: bool,
+) -> tuple[Tensor, Tensor, float]:
+    """BatchNorm + linear layer, folded into one weight (K, C) and bias (K,); training accuracy.
+
+    BatchNorm's statistics are the exact ones of all training features, not running averages; its
+    own scale and shift are left out, the linear layer has them. Overwrites `features`.
+    """
+    size = protocol.batch_pixels
+    scale, mean = _standardize(features)
+    weight = torch.zeros(classes, features.shape[1], device=features.device, requires_grad=True)
+    bias = torch.zeros(classes, device=features.device, requires_grad=True)
+    optimizer = torch.optim.AdamW(
+        [weight, bias], lr=protocol.lr, weight_decay=protocol.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, protocol.steps))
+    for _ in tqdm(range(protocol.steps), desc="fit", disable=not progress, leave=False):
+        start = int(torch.randint(max(1, len(features) - size + 1), (), generator=generator))
+        x, y = features[start : start + size].float(), labels[start : start + size]
+        loss = F.cross_entropy(F.linear(x, weight, bias), y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    with torch.inference_mode():
+        right = sum(
+            (F.linear(x.float(), weight, bias).argmax(1) == y).sum()
+            for x, y in zip(features.split(65536), labels.split(65536), strict=True)
+        )
+        folded = weight * scale
+        return folded, bias - folded @ mean, float(right) / len(features)
+
+
+@torch.inference_mode()
+def _standardize(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Subtract the mean of every column of (N, C), in place, times the scale; (scale, mean)."""
+    chunks = features.split(65536)
+    mean = torch.stack([c.sum(0, dtype=torch.float64) for c in chunks]).sum(0) / len(features)
+    squares = [(c.float() - mean.float()).square().sum(0, dtype=torch.float64) for c in chunks]
+    variance = torch.stack(squares).sum(0) / len(features)
+    # A channel that never varies carries nothing; dividing by its rounding error would be noise.
+    scale = torch.where(variance > 1e-10, (variance + 1e-8).rsqrt(), 0.0).float()
+    for chunk in chunks:
+        chunk.copy_((chunk.float() - mean.float()) * scale)
+    return scale, mean.float()
+
+
+@torch.inference_mode()
+def _score(
+    encoder: Encoder,
+    dataset: SegmentationSet,
+    weight: Tensor,
+    bias: Tensor,
+    protocol: LinearProbe,
+    examples: int,
+    progress: bool,
+) -> tuple[ConfusionMatrix, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+    scores, kept, index = ConfusionMatrix(len(dataset.classes)), [], 0
+    wanted = set(np.linspace(0, len(dataset) - 1, min(examples, len(dataset))).astype(int).tolist())
+    with tqdm(total=len(dataset), desc="test", disable=not progress, leave=False) as bar:
+        for items, images in normalized_batches(encoder, dataset, protocol.batch_images):
+            levels, strides = feature_levels(encoder, images, protocol.features)
+            for i, item in enumerate(items):
+                check_finite(levels, i, item.name)
+            logits = project_levels(levels, strides, weight, bias, items[0].mask.shape)
+            for item, prediction in zip(items, logits.argmax(1).byte().cpu().numpy(), strict=True):
+                scores.update(prediction, item.mask)
+                if index in wanted:
+                    kept.append((item.image, item.mask, prediction))
+                index += 1
+            bar.update(len(items))
+    return scores, kept

@@ -1,0 +1,44 @@
+"""Segmentations as pictures: image | truth | prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+
+
+def palette(classes: int) -> np.ndarray:
+    """(256, 3) uint8 RGB colours: `classes` distinct ones, black for 255 (ignore) and the rest."""
+    colors = np.zeros((256, 3), np.uint8)
+    bits = np.arange(1, classes + 1)
+    # The PASCAL VOC palette: the bits of the index spread over R, G, B; neighbours differ strongly.
+    for shift in range(8):
+        for channel in range(3):
+            colors[:classes, channel] |= (
+                ((bits >> (3 * shift + channel)) & 1) << (7 - shift)
+            ).astype(np.uint8)
+    return colors
+
+
+def prediction_strips(
+    examples: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], classes: int, height: int = 180
+) -> np.ndarray:
+    """One row an example: image, truth, prediction; ignored pixels are black in both.
+
+    Args:
+        examples: (image (H, W, 3) uint8, truth (H, W), prediction (H, W)), any sizes.
+        classes: number of classes.
+        height: of a row in pixels.
+
+    Returns:
+        (len * height, W, 3) uint8.
+    """
+    colors, strips = palette(classes), []
+    for image, truth, prediction in examples:
+        shown = np.where(truth == 255, 255, prediction)
+        strip = np.concatenate([image, colors[truth], colors[shown]], axis=1)
+        width = round(strip.shape[1] * height / strip.shape[0])
+        strips.append(cv2.resize(strip, (width, height), interpolation=cv2.INTER_AREA))
+    widest = max(s.shape[1] for s in strips)
+    return np.concatenate([np.pad(s, ((0, 0), (0, widest - s.shape[1]), (0, 0))) for s in strips])

@@ -1,0 +1,145 @@
+"""Features of a frozen encoder at the pixels of an image, and linear maps of them.
+
+A level of stride s is a map whose cells cover s x s pixels each, the first one starting at pixel 0;
+it is read bilinearly (`align_corners=False`, border padding) at full image resolution. The levels
+together are the hypercolumn of a pixel (Hariharan et al., CVPR 2015).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl_flow.data.segmentation import Labelled
+from ssl_flow.models.encoder import EMBEDDING_STRIDE, Encoder
+
+
+def check_features(encoder: Encoder, name: str) -> None:
+    """ValueError unless the encoder has features of this name."""
+    known = ["hypercolumn", *(f"stage{i + 1}" for i in range(len(encoder.channels)))]
+    if getattr(encoder, "head", None) is not None:
+        known.append("embedding")
+    if name not in known:
+        raise ValueError(f"this encoder has no features {name!r}; it has {', '.join(known)}")
+
+
+def estimate_batchnorm(encoder: Encoder, images: Iterable[Tensor]) -> int:
+    """Replace BatchNorm's running statistics by the mean over batches of (B, 3, H, W) images.
+
+    An untrained network's statistics (mean 0, variance 1) are not those of its activations, which
+    would make a random encoder look worse than its weights are. Returns the number of images seen
+    (0 when there is no BatchNorm). The encoder is in eval mode afterwards.
+    """
+    encoder.eval()
+    norms = [m for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return 0
+    momenta, seen = [m.momentum for m in norms], 0
+    run = encoder.features if getattr(encoder, "head", None) is None else encoder.embed
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean of all batches
+        norm.train()  # only these: dropout and the like stay off
+    with torch.no_grad():
+        for batch in images:
+            run(batch)
+            seen += len(batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    encoder.eval()
+    return seen
+
+
+def normalized_batches(
+    encoder: Encoder, dataset: Iterable[Labelled], size: int
+) -> Iterator[tuple[list[Labelled], Tensor]]:
+    """Batches of consecutive images of equal size: the images, and (B, 3, H, W) for the encoder."""
+    device = next(encoder.parameters()).device
+
+    def batch(items: list[Labelled]) -> tuple[list[Labelled], Tensor]:
+        pixels = torch.from_numpy(np.stack([item.image for item in items])).to(
+            device
+        )  # (B, H, W, 3)
+        # channels_last is the fast layout for convolutions
+        return items, encoder.normalize(pixels).contiguous(memory_format=torch.channels_last)
+
+    items: list[Labelled] = []
+    for item in dataset:
+        if items and (len(items) == size or item.image.shape != items[0].image.shape):
+            yield batch(items)
+            items = []
+        items.append(item)
+    if items:
+        yield batch(items)
+
+
+def feature_levels(
+    encoder: Encoder, images: Tensor, features: str
+) -> tuple[list[Tensor], list[int]]:
+    """Features of (B, 3, H, W) images: maps (B, C_i, H_i, W_i) in float32, and their strides."""
+    if features == "embedding":
+        return [encoder.embed(images).float()], [EMBEDDING_STRIDE]
+    levels = [level.float() for level in encoder.features(images)]
+    if features == "hypercolumn":
+        return levels, encoder.strides
+    stage = int(features.removeprefix("stage")) - 1
+    return [levels[stage]], [encoder.strides[stage]]
+
+
+def sample_levels(
+    levels: list[Tensor], strides: list[int], rows: Tensor, columns: Tensor
+) -> Tensor:
+    """Hypercolumns at pixels of the full image.
+
+    Args:
+        levels: maps (C_i, H_i, W_i); a cell covers s_i x s_i pixels, the first one starts at 0.
+        strides: s_i. A map may reach past the image (270 rows: 9 cells of 32).
+        rows: (N,) pixel rows.
+        columns: (N,) pixel columns.
+
+    Returns:
+        (N, sum C_i), bilinear with border padding as in `F.interpolate(..., align_corners=False)`.
+    """
+    pixels = torch.stack([columns, rows], -1).to(levels[0]) + 0.5  # (N, 2), x first
+    sampled = []
+    for level, stride in zip(levels, strides, strict=True):
+        extent = pixels.new_tensor([level.shape[2] * stride, level.shape[1] * stride])
+        grid = (pixels / extent * 2 - 1).view(1, 1, -1, 2)
+        values = F.grid_sample(level[None], grid, padding_mode="border", align_corners=False)
+        sampled.append(values[0, :, 0])
+    return torch.cat(sampled).T
+
+
+def project_levels(
+    levels: list[Tensor], strides: list[int], weight: Tensor, bias: Tensor, size: tuple[int, int]
+) -> Tensor:
+    """A 1x1 convolution of the hypercolumn at full resolution, level by level.
+
+    Args:
+        levels: maps (B, C_i, H_i, W_i) of images of `size`.
+        strides: theirs.
+        weight: (K, sum C_i).
+        bias: (K,).
+        size: (H, W) of the images.
+
+    Returns:
+        (B, K, H, W) logits.
+    """
+    logits = bias.view(1, -1, 1, 1)
+    parts = weight.split([level.shape[1] for level in levels], dim=1)
+    for level, stride, part in zip(levels, strides, parts, strict=True):
+        projected = F.conv2d(level, part[:, :, None, None])
+        full = [level.shape[2] * stride, level.shape[3] * stride]
+        upsampled = F.interpolate(projected, full, mode="bilinear", align_corners=False)
+        logits = logits + upsampled[..., : size[0], : size[1]]
+    return logits
+
+
+def check_finite(levels: list[Tensor], index: int, name: str) -> None:
+    """ValueError with the image's name when an encoder's output has NaN or infinity."""
+    if not all(level[index].isfinite().all() for level in levels):
+        raise ValueError(f"the encoder's features of {name} are not finite")
