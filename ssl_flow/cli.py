@@ -1,0 +1,43 @@
+"""The command `ssl-flow`: each subcommand takes the rest of the line."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import ssl_flow
+
+# Name -> module, function, one line of help. Imported only when called: --help stays instant.
+_COMMANDS = {
+    "flow": ("ssl_flow.flow.command", "flow_command", "videos -> a store of frames and flow"),
+    "train": ("ssl_flow.training.loop", "train_command", "a store -> an encoder with a score"),
+    "eval linear-probe": (
+        "ssl_flow.evaluation.probe_command",
+        "linear_probe_command",
+        "encoders and labelled images -> a table of mIoU",
+    ),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `ssl-flow COMMAND ...`; returns the exit status (2 = wrong usage or input)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for name, (module, function, _) in _COMMANDS.items():
+        words = name.split()
+        if argv[: len(words)] == words:
+            status: int = getattr(importlib.import_module(module), function)(argv[len(words) :])
+            return status
+    if argv == ["--version"]:
+        print(ssl_flow.__version__)
+        return 0
+    asked = not argv or argv[0] in ("-h", "--help")
+    lines = ["usage: ssl-flow COMMAND [--help] ...", ""]
+    lines += [f"  {name:<18} {text}" for name, (_, _, text) in _COMMANDS.items()]
+    if not asked:
+        lines.insert(0, f"ssl-flow: no command {' '.join(argv[:2])!r}")
+    print("\n".join(lines), file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""The score at the end of a run: a linear probe of the new encoder and of random ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import cv2
+import torch
+
+from ssl_flow.config import Config
+from ssl_flow.data.segmentation import open_segmentation
+from ssl_flow.evaluation import LinearProbe, run_linear_probe
+from ssl_flow.evaluation.pictures import prediction_strips
+from ssl_flow.evaluation.probe_command import estimate_on, summarize
+from ssl_flow.evaluation.report import write_report
+from ssl_flow.models import Encoder, load_encoder
+
+
+def score_run(config: Config, device: torch.device) -> Callable[[Encoder, Path], None]:
+    """Open the labelled data now, so that a bad path fails before the training; score later.
+
+    Returns:
+        A function of (encoder, run folder) that writes results.json, pictures/ and report.html
+        and prints the table.
+
+    Raises:
+        ValueError, FileNotFoundError: `evaluation.data` cannot be used.
+    """
+    spec = config.evaluation.data
+    sets = None
+    if spec != "none":
+        sets = open_segmentation(spec, "train"), open_segmentation(spec, "test")
+
+    def score(encoder: Encoder, run: Path) -> None:
+        results: dict[str, Any] = {}
+        if sets is not None:
+            results["linear_probe"] = probe(encoder, run)
+        text = json.dumps(results, indent=2) + "\n"
+        temporary = run / ".results.json.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(run / "results.json")
+        write_report(run)
+
+    def probe(encoder: Encoder, run: Path) -> dict[str, Any]:
+        assert sets is not None
+        protocol, seeds = LinearProbe(), range(config.evaluation.seeds)
+        table: dict[str, Any] = {
+            "data": sets[1].protocol,
+            "train_data": sets[0].protocol,
+            "protocol": asdict(protocol),
+        }
+        (run / "pictures").mkdir(exist_ok=True)
+        counts = f"{len(sets[0])} images to fit, {len(sets[1])} to score"
+        print(f"\nlinear probe on {sets[1].name}: {counts}")
+        print(f"{'encoder':<12} {'mIoU':>8} {'std':>8} {'pixel accuracy':>15}")
+        for name in ("random", "pretrained"):
+            runs = []
+            for seed in seeds:
+                probed = encoder
+                if name == "random":
+                    probed = load_encoder(f"random:{config.model.backbone}", seed).to(device)
+                    estimate_on(probed, sets[0], protocol)
+                runs.append(run_linear_probe(probed, *sets, protocol, seed))
+            summary = summarize(runs)
+            miou, accuracy = summary["miou"], summary["pixel_accuracy"]["mean"]
+            std = "-" if miou["std"] is None else f"{miou['std']:.4f}"
+            print(f"{name:<12} {miou['mean']:>8.4f} {std:>8} {accuracy:>15.4f}", flush=True)
+            table[name] = {
+                "miou": miou["mean"],
+                "miou_std": miou["std"],
+                "pixel_accuracy": accuracy,
+                "per_class": {k: v and v["mean"] for k, v in summary["per_class"].items()},
+                "runs": [result.as_dict() for result in runs],
+            }
+            strips = prediction_strips(runs[0].examples, len(sets[1].classes))
+            cv2.imwrite(str(run / "pictures" / f"probe_{name}.png"), strips[..., ::-1])
+        return table
+
+    return score

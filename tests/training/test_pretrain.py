@@ -1,0 +1,196 @@
+import json
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+import yaml
+
+import ssl_flow
+from ssl_flow.config import Config, DataConfig, EvaluationConfig, TrainConfig
+from ssl_flow.data.synthetic import synthetic_sources
+from ssl_flow.flow import FlowStore, extract
+from ssl_flow.training import checkpoint, pretrain, train_command
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory):
+    path = tmp_path_factory.mktemp("flow") / "store"
+    extract(synthetic_sources(4, seed=5), path, method="farneback", size=64, gap=0.1, workers=1)
+    return path
+
+
+def tiny(store, out, **train):
+    return Config(
+        data=DataConfig(store=str(store), crop=64, workers=0),
+        train=TrainConfig(steps=6, batch_size=4, log_every=2, checkpoint_every=2, **train),
+        evaluation=EvaluationConfig(data="none"),
+        out=str(out),
+    )
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def finished(store, tmp_path_factory):
+    return pretrain(tiny(store, tmp_path_factory.mktemp("runs")))
+
+
+def test_run_folder_holds_what_is_promised(finished):
+    for name in [
+        "config.yaml",
+        "metrics.jsonl",
+        "results.json",
+        "report.html",
+        "encoder/config.json",
+        "encoder/model.safetensors",
+        "encoder/head.safetensors",
+        "checkpoints/last.pt",
+        "pictures/training.png",
+    ]:
+        assert (finished / name).stat().st_size > 0, name
+    assert any((finished / "tensorboard").iterdir())
+
+
+def test_metrics_put_the_loss_between_its_floor_and_the_constant_embedding(finished):
+    rows = lines(finished)
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    for row in rows:
+        assert row["target_entropy"] < row["loss"]
+        assert row["target_entropy"] < row["constant_loss"]
+        assert 1 <= row["effective_rank"] <= 16
+        assert row["skipped_steps"] == 0
+
+
+def test_the_encoder_loads_in_one_line_and_with_plain_timm(finished):
+    images = torch.randn(1, 3, 64, 64)
+    encoder = ssl_flow.load_encoder(finished / "encoder")
+    plain = timm.create_model(f"local-dir:{finished / 'encoder'}", pretrained=True).eval()
+    with torch.no_grad():
+        expected = plain.forward_intermediates(images, intermediates_only=True)[-1]
+        assert torch.equal(encoder.features(images)[-1], expected)
+
+
+def test_training_lowers_the_divergence_from_the_target(store, tmp_path):
+    train = TrainConfig(steps=24, batch_size=8, log_every=4)
+    run = pretrain(replace(tiny(store, tmp_path), train=train))
+    # Batches differ, so each is measured against its own floor and its own constant embedding.
+    shares = [
+        (row["loss"] - row["target_entropy"]) / (row["constant_loss"] - row["target_entropy"])
+        for row in lines(run)
+    ]
+    assert shares[-1] < 0.9 * shares[0]
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(store, tmp_path, finished, monkeypatch):
+    saved = checkpoint.save_checkpoint
+
+    def save_then_die(run, step, *rest):
+        saved(run, step, *rest)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("ssl_flow.training.loop.save_checkpoint", save_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(tiny(store, tmp_path))
+    monkeypatch.undo()
+    (run,) = tmp_path.iterdir()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": 0}\n{"torn')  # written after the checkpoint: dropped
+    assert train_command(["--resume", str(run)]) == 0
+    resumed, undisturbed = (ssl_flow.load_encoder(r).state_dict() for r in (run, finished))
+    assert all(torch.equal(resumed[key], undisturbed[key]) for key in undisturbed)
+    assert [row["step"] for row in lines(run)] == [2, 4, 6]
+    assert [row["loss"] for row in lines(run)] == [row["loss"] for row in lines(finished)]
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(store, tmp_path, finished):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+
+    class Malicious:
+        def __reduce__(self):
+            return (print, ("this must not run",))
+
+    torch.save({"step": Malicious()}, run / "checkpoints" / "last.pt")
+    (run / "config.yaml").write_text((finished / "config.yaml").read_text())
+    with pytest.raises(Exception, match=r"[Ww]eights"):
+        pretrain(Config(), resume=run)
+
+
+def test_workers_do_not_change_what_is_learned(store, tmp_path, finished):
+    config = tiny(store, tmp_path)
+    run = pretrain(replace(config, data=replace(config.data, workers=2)))
+    assert [row["loss"] for row in lines(run)] == [row["loss"] for row in lines(finished)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"loss": {"objective": "kernel_alignment"}},
+        {"loss": {"objective": "regression"}},
+        {"loss": {"flow_normalization": "log"}},
+        {"loss": {"learn_scale": True}},
+        {"loss": {"self_pairs": "subtract_identity"}},
+        {"data": {"color_jitter": 0.0}},
+        {"data": {"min_scale": 1.0}},
+        {"model": {"embedding_dim": 8}},
+        {"model": {"hidden_dim": 32}},
+        {"train": {"learning_rate": 3e-3}},
+        {"train": {"weight_decay": 0.5}},
+        {"train": {"warmup": 0.5}},
+        {"seed": 1},
+    ],
+    ids=str,
+)
+def test_every_knob_has_an_effect(store, tmp_path, finished, change):
+    config = tiny(store, tmp_path)
+    for key, value in change.items():
+        group = replace(getattr(config, key), **value) if isinstance(value, dict) else value
+        config = replace(config, **{key: group})
+    assert lines(pretrain(config))[-1]["loss"] != lines(finished)[-1]["loss"]
+
+
+def test_command_reads_the_file_and_flags_override_it(store, tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text(yaml.safe_dump({"data": {"store": str(store), "crop": 64, "workers": 0},
+        "train": {"steps": 3, "batch_size": 2}, "evaluation": {"data": "none"}}))  # fmt: skip
+    out = ["--out", str(tmp_path / "runs")]
+    assert train_command([str(config), "--train.steps", "1", *out]) == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    resolved = yaml.safe_load((run / "config.yaml").read_text())
+    assert resolved["train"]["steps"] == 1
+    assert resolved["train"]["batch_size"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no-such-preset"], "presets are"),
+        (["--data.crop", "100"], "multiple of 32"),
+        (["--data.store", "nowhere"], "nowhere"),
+        (["--evaluation.data", "camvid:nowhere"], "nowhere"),
+        (["--model.backbone", "resnet19"], "near it"),
+        (["--loss.flow-temperature", "0.001"], "flow_temperature"),
+        (["--resume", "nowhere"], "run folder"),
+        (["--device", "cuda"], "--device cpu"),
+    ],
+)
+def test_bad_input_is_told_in_one_line_before_any_work(tmp_path, capsys, arguments, message):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    if "--resume" not in arguments:
+        arguments = [*arguments, "--out", str(tmp_path)]
+    try:
+        status = train_command(arguments)
+    except SystemExit as stop:  # tyro's own way to refuse an argument
+        status = stop.code
+    assert status == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("*/checkpoints"))
+
+
+def test_flow_store_is_left_as_it_was(store, finished):
+    assert len(FlowStore(store)) > 0
