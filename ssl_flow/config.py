@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -205,10 +206,8 @@ def _checked(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401
         raise TypeError(f"{where}: unions are not used in configurations")
     if hint is float and isinstance(value, str):
         # YAML 1.1 reads 1e-3 (without a dot) as text.
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not hint:

@@ -1,4 +1,4 @@
-"""The encoder: any timm backbone as a pyramid of feature maps, with a per-pixel embedding on top."""
+"""The encoder: a timm backbone as a pyramid of feature maps, a per-pixel embedding on top."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Encoder(nn.Module):
         self._indices = [index for index, _, _ in levels]
         self.channels: list[int] = [channels for _, channels, _ in levels]
         self.strides: list[int] = [stride for _, _, stride in levels]
-        config = backbone.pretrained_cfg
+        config: Any = backbone.pretrained_cfg
         self.normalization = Normalization(tuple(config["mean"]), tuple(config["std"]))
 
     def _padded_features(self, images: Tensor) -> list[Tensor]:
@@ -59,13 +59,14 @@ class Encoder(nn.Module):
         pad = (0, -width % multiple, 0, -height % multiple)
         if any(pad):
             images = F.pad(images, pad, mode="replicate")
-        maps: list[Tensor] = self.backbone.forward_intermediates(
+        backbone: Any = self.backbone
+        maps: list[Tensor] = backbone.forward_intermediates(
             images, indices=self._indices, intermediates_only=True, output_fmt="NCHW"
         )
         return maps
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) normalised images -> list of (B, C_i, ceil(H/s_i), ceil(W/s_i)), fine to coarse."""
+        """(B, 3, H, W) normalised images -> (B, C_i, ceil(H/s_i), ceil(W/s_i)), fine to coarse."""
         maps = self._padded_features(images)
         return [
             _crop(level, images, stride) for level, stride in zip(maps, self.strides, strict=True)
@@ -93,7 +94,7 @@ class Encoder(nn.Module):
         if self.head is None:
             raise RuntimeError(
                 f"this encoder ({self.architecture}) has no embedding head: only features() and "
-                "hypercolumn() are there. Encoders trained with ssl_flow have one (head.safetensors)."
+                "hypercolumn() are there. Encoders trained by ssl_flow have one (head.safetensors)."
             )
         embedding: Tensor = self.head(self._padded_features(images))
         return _crop(embedding, images, EMBEDDING_STRIDE)
