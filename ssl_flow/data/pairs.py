@@ -126,11 +126,12 @@ def jitter_color(frame: np.ndarray, rng: np.random.Generator, strength: float) -
 
 
 class FlowPairs(Dataset[Pair]):
-    """An endless, reproducible order of augmented pairs of a store.
+    """A reproducible order of augmented pairs of a store, every video equally often.
 
-    Example `k` depends on (seed, k) alone: each pass over the store is a new permutation, and
-    each example has its own random generator. So neither the number of workers nor a restart in
-    the middle changes what is seen.
+    Each round visits every video once, in a new order, and takes from it the next pair of a
+    permutation of its own: one long video does not drown the others. Example `k` depends on
+    (seed, k) alone, so neither the number of workers nor a restart in the middle changes what is
+    seen.
     """
 
     def __init__(
@@ -147,7 +148,8 @@ class FlowPairs(Dataset[Pair]):
             raise ValueError("the flow store holds no pairs")
         self.store, self.length, self.side = store, length, side
         self.min_scale, self.color_jitter, self.seed = min_scale, color_jitter, seed
-        self._order: tuple[int, np.ndarray] | None = None
+        numbers = store.source_numbers
+        self._videos = [np.flatnonzero(numbers == n) for n in np.unique(numbers)]
 
     def __len__(self) -> int:
         """Examples in the whole run."""
@@ -155,11 +157,7 @@ class FlowPairs(Dataset[Pair]):
 
     def __getitem__(self, k: int) -> Pair:
         """The `k`-th example of the run."""
-        epoch, position = divmod(k, len(self.store))
-        if self._order is None or self._order[0] != epoch:
-            order = np.random.default_rng((self.seed, 1, epoch)).permutation(len(self.store))
-            self._order = (epoch, order)
-        sample = self.store[int(self._order[1][position])]
+        sample = self.store[self._index(k)]
         rng = np.random.default_rng((self.seed, 2, k))
         height, width = sample.frame.shape[:2]
         geometry = sample_geometry(rng, height, width, self.side, self.min_scale)
@@ -170,6 +168,17 @@ class FlowPairs(Dataset[Pair]):
             torch.from_numpy(flow).permute(2, 0, 1).contiguous(),
             torch.from_numpy(weight),
         )
+
+    def _index(self, k: int) -> int:
+        """Which pair of the store example `k` is made of."""
+        turn, position = divmod(k, len(self._videos))
+        number = np.random.default_rng((self.seed, 0, turn)).permutation(len(self._videos))[
+            position
+        ]
+        pairs = self._videos[number]
+        again, place = divmod(turn, len(pairs))
+        order = np.random.default_rng((self.seed, 1, int(number), again)).permutation(len(pairs))
+        return int(pairs[order[place]])
 
 
 def normalize_flow(flow: Tensor, weight: Tensor, mode: str = "standardize") -> Tensor:

@@ -9,22 +9,23 @@ import numpy as np
 
 
 def palette(classes: int) -> np.ndarray:
-    """(256, 3) uint8 RGB colours: `classes` distinct ones, black for 255 (ignore) and the rest."""
-    colors = np.zeros((256, 3), np.uint8)
-    bits = np.arange(1, classes + 1)
-    # The PASCAL VOC palette: the bits of the index spread over R, G, B; neighbours differ strongly.
-    for shift in range(8):
-        for channel in range(3):
-            colors[:classes, channel] |= (
-                ((bits >> (3 * shift + channel)) & 1) << (7 - shift)
-            ).astype(np.uint8)
+    """(256, 3) uint8 RGB: the PASCAL VOC colours of 0..classes-1, the same pale grey for the rest.
+
+    The bits of the index spread over R, G, B, highest first, so neighbours differ strongly; class 0
+    is black.
+    """
+    colors = np.full((256, 3), (224, 224, 192), np.uint8)
+    index = np.arange(classes)[:, None]
+    shifts, channels = np.arange(8)[:, None], np.arange(3)
+    bits = index[..., None] >> (3 * shifts + channels) & 1  # (classes, 8, 3)
+    colors[:classes] = (bits << (7 - shifts)).sum(1)
     return colors
 
 
 def prediction_strips(
     examples: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], classes: int, height: int = 180
 ) -> np.ndarray:
-    """One row an example: image, truth, prediction; ignored pixels are black in both.
+    """One row an example: image, truth, prediction; ignored pixels are pale in both.
 
     Args:
         examples: (image (H, W, 3) uint8, truth (H, W), prediction (H, W)), any sizes.

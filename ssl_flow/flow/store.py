@@ -82,6 +82,12 @@ class FlowStore:
     def _members(self) -> list[str]:
         return member_names(bool(self.settings["consistency"]))
 
+    @property
+    def source_numbers(self) -> NDArray[np.int64]:
+        """(len(self),): which of `sources` each pair is from."""
+        numbers: NDArray[np.int64] = self._rows[:, 0]
+        return numbers
+
     def __len__(self) -> int:
         """Return the number of pairs."""
         return len(self._rows)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ssl_flow.data.pairs import (
+    FlowPairs,
     Geometry,
     jitter_color,
     normalize_flow,
@@ -13,7 +14,7 @@ from ssl_flow.data.pairs import (
     transform_flow,
     transform_frame,
 )
-from ssl_flow.flow import optical_flow
+from ssl_flow.flow import Sample, optical_flow
 
 
 def textured(height, width, seed=0):
@@ -140,3 +141,50 @@ def test_log_and_none_normalisation():
     assert torch.equal(normalize_flow(flow, weight, "none"), flow)
     with pytest.raises(ValueError, match="standardize, log, none"):
         normalize_flow(flow, weight, "l2")
+
+
+class UnevenStore:
+    """Three videos of 2, 5 and 40 pairs; a pair knows its own number."""
+
+    source_numbers = np.repeat([0, 1, 2], [2, 5, 40])
+
+    def __len__(self):
+        return 47
+
+    def __getitem__(self, index):
+        frame = np.full((32, 32, 3), index, np.uint8)
+        flow = np.full((32, 32, 2), index, np.float32)
+        return Sample(frame, flow, np.ones((32, 32), bool), {})
+
+
+def drawn(**options):
+    pairs = FlowPairs(
+        UnevenStore(), length=120, side=32, min_scale=1.0, color_jitter=0.0, **options
+    )
+    return [int(pairs[k].image[0, 0, 0]) for k in range(120)]
+
+
+def test_every_video_is_seen_equally_often_and_every_pair_before_one_returns():
+    order = drawn()
+    videos = UnevenStore.source_numbers[order]
+    assert all(sorted(videos[i : i + 3]) == [0, 1, 2] for i in range(0, 120, 3))
+    for video, size in [(0, 2), (1, 5), (2, 40)]:
+        mine = [index for index in order if UnevenStore.source_numbers[index] == video]
+        assert len(mine) == 40
+        assert len(set(mine[:size])) == size
+
+
+def test_order_depends_on_the_seed_alone():
+    assert drawn() == drawn()
+    assert drawn() != drawn(seed=1)
+
+
+def test_an_empty_store_is_refused():
+    class EmptyStore(UnevenStore):
+        source_numbers = np.array([], int)
+
+        def __len__(self):
+            return 0
+
+    with pytest.raises(ValueError, match="no pairs"):
+        FlowPairs(EmptyStore(), length=1)

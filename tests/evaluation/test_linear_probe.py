@@ -162,3 +162,13 @@ def test_bad_input():
         run_linear_probe(broken, good, good, QUICK)
     with pytest.raises(ValueError, match="no training pixel has a label"):
         run_linear_probe(FakeEncoder(), _set(np.full((2, 24, 24), 255)), good, QUICK)
+
+
+def test_the_embedding_of_an_encoder_with_a_head():
+    encoder = FakeEncoder((1,))
+    encoder.head = encoder.norm
+    encoder.embed = lambda images: F.avg_pool2d(images, 4)
+    train, test = _set(_masks(0, cell=4)), _set(_masks(1, cell=4))
+    protocol = LinearProbe(features="embedding", pixels_per_image=200, steps=300, lr=0.05)
+    result = run_linear_probe(encoder, train, test, protocol)
+    assert result.channels == 3 and result.pixel_accuracy > 0.85  # bilinear between the cells
