@@ -24,7 +24,7 @@ from ssl_flow.evaluation.pixel_features import (
     estimate_batchnorm,
     normalized_batches,
 )
-from ssl_flow.models import Encoder, load_encoder
+from ssl_flow.models import Encoder, WeightsError, load_encoder
 
 
 @dataclass
@@ -78,7 +78,7 @@ def linear_probe_table(command: LinearProbeCommand) -> dict[str, Any]:
     for spec in dict.fromkeys(spec for runs in rows.values() for spec, _ in runs):
         try:
             check_features(load_encoder(spec), command.probe.features)
-        except (RuntimeError, ValueError) as error:  # RuntimeError: timm's weights cannot be had
+        except (WeightsError, ValueError) as error:
             raise ValueError(f"encoder {spec}: {error}") from error
     device = command.device
     if device == "auto":

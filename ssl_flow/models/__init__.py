@@ -1,6 +1,6 @@
 """Encoders: timm backbones with a per-pixel embedding head, saved and loaded as folders."""
 
-from ssl_flow.models.encoder import Encoder, Normalization, create_encoder
+from ssl_flow.models.encoder import Encoder, Normalization, WeightsError, create_encoder
 from ssl_flow.models.folder import load_encoder, save_encoder
 from ssl_flow.models.head import PixelEmbeddingHead
 
@@ -8,6 +8,7 @@ __all__ = [
     "Encoder",
     "Normalization",
     "PixelEmbeddingHead",
+    "WeightsError",
     "create_encoder",
     "load_encoder",
     "save_encoder",

@@ -15,6 +15,10 @@ from ssl_flow.models.head import PixelEmbeddingHead, to_stride
 EMBEDDING_STRIDE = 4
 
 
+class WeightsError(RuntimeError):
+    """Pretrained weights cannot be had; the message says what to do."""
+
+
 @dataclass(frozen=True)
 class Normalization:
     """Per-channel mean and standard deviation of images with values in 0..1."""
@@ -123,7 +127,7 @@ def create_encoder(
 
     Raises:
         ValueError: unknown architecture, or one without a feature pyramid.
-        RuntimeError: `pretrained` and the weights cannot be had.
+        WeightsError: `pretrained` and the weights cannot be had.
     """
     if not timm.is_model(architecture):
         close = timm.list_models(f"*{architecture.split('_')[0].split('.')[0]}*")[:5]
@@ -138,7 +142,7 @@ def create_encoder(
     except Exception as error:
         if not pretrained:
             raise
-        raise RuntimeError(
+        raise WeightsError(
             f"could not get timm's weights for {architecture!r} ({error}). Use a network "
             f"connection, or random:{architecture} if random weights are meant."
         ) from error

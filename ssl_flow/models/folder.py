@@ -65,7 +65,7 @@ def load_encoder(spec: str | Path, seed: int = 0) -> Encoder:
     Raises:
         FileNotFoundError: nothing usable at the path (says what was expected).
         ValueError: unknown architecture, or weights that do not fit it.
-        RuntimeError: timm's weights cannot be had.
+        WeightsError: timm's weights cannot be had.
     """
     spec = str(spec)
     if spec.startswith("timm:"):

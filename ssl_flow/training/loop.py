@@ -24,7 +24,7 @@ from ssl_flow.config import Config, load_config, save_config
 from ssl_flow.data.pairs import FlowPairs, Pair, normalize_flow
 from ssl_flow.flow import FlowStore, extract
 from ssl_flow.losses import CrossPixelFlowLoss
-from ssl_flow.models import create_encoder, save_encoder
+from ssl_flow.models import WeightsError, create_encoder, save_encoder
 from ssl_flow.training.checkpoint import load_checkpoint, save_checkpoint
 from ssl_flow.training.monitors import Metrics, effective_rank, embedding_sheet
 from ssl_flow.training.score import score_run
@@ -94,7 +94,8 @@ def pretrain(config: Config, resume: Path | None = None) -> Path:
     )
 
     encoder.train()
-    bad_steps, waited, logged_at, logged_step = 0, 0.0, time.perf_counter(), first_step
+    skipped, bad_in_a_row = 0, 0
+    waited, logged_at, logged_step = 0.0, time.perf_counter(), first_step
     batches = iter(loader)
     progress = tqdm(range(first_step, train.steps), initial=first_step, total=train.steps)
     for step in progress:
@@ -115,10 +116,11 @@ def pretrain(config: Config, resume: Path | None = None) -> Path:
         norm = nn.utils.clip_grad_norm_(state.parameters(), 1.0)
         if torch.isfinite(norm) and torch.isfinite(loss):
             optimizer.step()
-            bad_steps = 0
+            bad_in_a_row = 0
         else:  # skip the step; a run of them means that something is wrong
-            bad_steps += 1
-            if bad_steps == PATIENCE:
+            skipped += 1
+            bad_in_a_row += 1
+            if bad_in_a_row == PATIENCE:
                 raise FloatingPointError(
                     f"loss or gradient not finite {PATIENCE} times in a row up to step {step}; "
                     "lower train.learning_rate or set train.amp to none, then --resume"
@@ -135,7 +137,7 @@ def pretrain(config: Config, resume: Path | None = None) -> Path:
                 "scale": float(torch.as_tensor(loss_function.scale).detach()),
                 "gradient_norm": norm.item(),
                 "learning_rate": rate,
-                "skipped_steps": bad_steps,
+                "skipped_steps": skipped,
                 "images_per_second": (done - logged_step) * batch / (now - logged_at),
                 "data_wait": waited / (now - logged_at),
             }
@@ -178,7 +180,7 @@ def train_command(argv: list[str]) -> int:
             "options: a YAML file or a preset's name. --resume RUN goes on with a run.",
         )
         run = pretrain(config, resume)
-    except (ValueError, FileNotFoundError, FloatingPointError, RuntimeError) as error:
+    except (ValueError, FileNotFoundError, FloatingPointError, WeightsError) as error:
         return _refused(str(error))
     print(f"encoder: {run / 'encoder'}    report: {run / 'report.html'}")
     return 0

@@ -3,7 +3,13 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from ssl_flow.models import PixelEmbeddingHead, create_encoder, load_encoder, save_encoder
+from ssl_flow.models import (
+    PixelEmbeddingHead,
+    WeightsError,
+    create_encoder,
+    load_encoder,
+    save_encoder,
+)
 from ssl_flow.models.head import to_stride
 
 ARCHITECTURES = ["resnet18", "convnext_atto", "vit_tiny_patch16_224"]
@@ -121,5 +127,5 @@ def test_missing_pretrained_weights_are_an_error_never_random(monkeypatch):
         return real(name, **options)
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(RuntimeError, match="random:resnet18 if random weights are meant"):
+    with pytest.raises(WeightsError, match="random:resnet18 if random weights are meant"):
         load_encoder("timm:resnet18")

@@ -10,7 +10,7 @@ import ssl_flow
 from ssl_flow.config import Config, DataConfig, EvaluationConfig, TrainConfig
 from ssl_flow.data.synthetic import synthetic_sources
 from ssl_flow.flow import FlowStore, extract
-from ssl_flow.training import checkpoint, pretrain, train_command
+from ssl_flow.training import checkpoint, loop, pretrain, train_command
 
 
 @pytest.fixture(scope="session")
@@ -194,3 +194,21 @@ def test_bad_input_is_told_in_one_line_before_any_work(tmp_path, capsys, argumen
 
 def test_flow_store_is_left_as_it_was(store, finished):
     assert len(FlowStore(store)) > 0
+
+
+def test_non_finite_steps_are_skipped_counted_and_in_the_end_fatal(store, tmp_path, monkeypatch):
+    real, calls = loop.normalize_flow, []
+
+    def sometimes_nan(flow, weight, mode):
+        calls.append(1)
+        return real(flow, weight, mode) * (float("nan") if len(calls) in bad else 1)
+
+    monkeypatch.setattr(loop, "normalize_flow", sometimes_nan)
+    bad = {2, 3}
+    rows = lines(pretrain(tiny(store, tmp_path / "a")))
+    assert rows[-1]["skipped_steps"] == 2
+    calls.clear()
+    bad = range(1, 1000)
+    many = replace(tiny(store, tmp_path / "b"), train=TrainConfig(steps=30, batch_size=2))
+    with pytest.raises(FloatingPointError, match="10 times in a row"):
+        pretrain(many)
