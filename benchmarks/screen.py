@@ -1,7 +1,7 @@
 """One row of docs/experiments.md: pretrain with one factor changed, probe on a part of the data.
 
     python benchmarks/screen.py --store STORE --davis DAVIS --camvid CAMVID --out screen \
-        --name kta --train.steps 700 --loss.objective kernel_alignment
+        --name kta --loss.objective kernel_alignment
     python benchmarks/screen.py ... --encoder runs/NAME      # probe only; random:resnet18 too
 
 Quick on purpose, to compare settings with each other: every third training image of DAVIS, every
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from ssl_flow.config import Config, DataConfig, EvaluationConfig, TrainConfig, save_config
 from ssl_flow.data.segmentation import SegmentationSet, open_segmentation
 from ssl_flow.evaluation import LinearProbe, run_linear_probe
 from ssl_flow.evaluation.probe_command import estimate_on
@@ -59,8 +60,15 @@ def main() -> None:
     spec, started = known.encoder, time.perf_counter()
     if spec is None:
         runs = out / "runs" / known.name
-        arguments = ["--data.store", known.store, "--out", str(runs), "--evaluation.data", "none"]
-        if train_command(["small", *arguments, *overrides]):
+        base = Config(
+            data=DataConfig(store=known.store, crop=128, min_scale=0.3),
+            train=TrainConfig(steps=700, batch_size=16),
+            evaluation=EvaluationConfig(data="none"),
+            out=str(runs),
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        save_config(base, out / "base.yaml")
+        if train_command([str(out / "base.yaml"), *overrides]):
             raise SystemExit("training failed")
         spec = str(max(runs.iterdir()))
     row = {"name": known.name, "changed": " ".join(overrides)}

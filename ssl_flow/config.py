@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import types
+import functools
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,12 +135,12 @@ class Config:
             ("train.warmup", 0 <= self.train.warmup < 1, "in [0, 1)"),
             ("train.log_every", self.train.log_every >= 1, "1 or more"),
             ("train.checkpoint_every", self.train.checkpoint_every >= 1, "1 or more"),
+            ("seed", self.seed >= 0, "0 or more"),
             ("evaluation.seeds", self.evaluation.seeds >= 1, "1 or more"),
         ]
         for key, fine, expected in checks:
             if not fine:
-                group, name = key.split(".")
-                value = getattr(getattr(self, group), name)
+                value = functools.reduce(getattr, key.split("."), self)
                 raise ValueError(f"{key} is {value!r}; expected {expected}")
 
 
@@ -173,8 +173,9 @@ def save_config(config: Config, path: Path) -> None:
 def preset_files() -> dict[str, Path]:
     """Preset name -> its file: in the installed package, or in the checkout's `configs/`."""
     here = Path(__file__).parent
-    folders = [here / "configs", here.parent / "configs"]
-    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    packaged = here / "configs"
+    folder = packaged if packaged.is_dir() else here.parent / "configs"
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
 def _build(kind: Any, values: Any, source: str, prefix: str) -> Any:  # noqa: ANN401
@@ -202,8 +203,6 @@ def _checked(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401
         if value not in choices:
             raise ValueError(f"{where} is {value!r}; expected one of {', '.join(choices)}")
         return value
-    if isinstance(hint, types.UnionType):
-        raise TypeError(f"{where}: unions are not used in configurations")
     if hint is float and isinstance(value, str):
         # YAML 1.1 reads 1e-3 (without a dot) as text.
         with contextlib.suppress(ValueError):

@@ -88,8 +88,9 @@ def open_segmentation(spec: str, split: Split) -> SegmentationSet:
 
 
 def _camvid(root: Path, split: Split) -> SegmentationSet:
-    folder = {"train": "train", "test": "val"}[split]
-    layout = "camvid: classes.csv, {train,val}/images/NAME.jpg, {train,val}/masks/NAME.png"
+    judged = "test" if (root / "test").is_dir() else "val"
+    folder = {"train": "train", "test": judged}[split]
+    layout = f"camvid: classes.csv, {{train,{judged}}}/images/NAME.jpg, .../masks/NAME.png"
     for needed in ("classes.csv", f"{folder}/images", f"{folder}/masks"):
         _require(root / needed, layout)
     classes, table = _read_classes(root / "classes.csv")
@@ -193,6 +194,8 @@ def _read_classes(path: Path) -> tuple[list[str], np.ndarray]:
     classes: list[str] = []
     for row in rows:
         ignored = int(row.get("ignore") or 0)
+        if not 0 <= int(row["id"]) <= 255:
+            raise ValueError(f"{path}: id {row['id']} is not the value of an 8-bit mask, 0 to 255")
         table[int(row["id"])] = IGNORE if ignored else len(classes)
         classes += [] if ignored else [row["name"]]
     return classes, table

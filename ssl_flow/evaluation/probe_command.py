@@ -24,7 +24,7 @@ from ssl_flow.evaluation.pixel_features import (
     estimate_batchnorm,
     normalized_batches,
 )
-from ssl_flow.models import Encoder, WeightsError, load_encoder
+from ssl_flow.models import Encoder, WeightsError, load_encoder, pick_device
 
 
 @dataclass
@@ -69,6 +69,7 @@ def linear_probe_table(command: LinearProbeCommand) -> dict[str, Any]:
     """
     if not (command.encoder and command.data):
         raise ValueError("give at least one encoder and one data set")
+    device = pick_device(command.device)
     if command.seeds < 1:
         raise ValueError(f"seeds = {command.seeds}, expected 1 or more")
     sets = [(open_segmentation(s, "train"), open_segmentation(s, "test")) for s in command.data]
@@ -80,9 +81,6 @@ def linear_probe_table(command: LinearProbeCommand) -> dict[str, Any]:
             check_features(load_encoder(spec), command.probe.features)
         except (WeightsError, ValueError) as error:
             raise ValueError(f"encoder {spec}: {error}") from error
-    device = command.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     (command.out / "predictions").mkdir(parents=True, exist_ok=True)
 
     report: dict[str, Any] = {
@@ -92,7 +90,7 @@ def linear_probe_table(command: LinearProbeCommand) -> dict[str, Any]:
         "data": {s.name: {"classes": s.classes, "train": t.protocol, "test": s.protocol}
                  for t, s in sets},
         "versions": {"ssl_flow": ssl_flow.__version__, "torch": torch.__version__,
-                     "timm": timm.__version__, "device": device},
+                     "timm": timm.__version__, "device": str(device)},
         "results": [],
     }  # fmt: skip
     for train_set, test_set in sets:

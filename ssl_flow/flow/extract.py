@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 
 from .estimators import MIN_SIZE, Option, method_options, optical_flow
@@ -100,7 +101,10 @@ def extract(
     )
     # One small pair up front: a value or a library that is wrong must not fail once a video.
     blank = np.zeros((64, 64), np.uint8)
-    optical_flow(blank, blank, method, **settings.options)
+    try:
+        optical_flow(blank, blank, method, **settings.options)
+    except (cv2.error, TypeError) as error:
+        raise ValueError(f"{method} refuses the options {settings.options}: {error}") from error
 
     store = Path(out)
     _open_store(store, settings)

@@ -64,8 +64,9 @@ def _in_pool(
         try:
             while queue or pending:
                 while queue and len(pending) < 2 * workers:
-                    item = queue.popleft()
-                    pending[pool.submit(_call, job, item)] = item
+                    # Not taken from the queue before it is accepted: the pool may be broken.
+                    future = pool.submit(_call, job, queue[0])
+                    pending[future] = queue.popleft()
                 done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
                 pairs(counter.value)
                 for future in done:

@@ -1,6 +1,12 @@
 """Encoders: timm backbones with a per-pixel embedding head, saved and loaded as folders."""
 
-from ssl_flow.models.encoder import Encoder, Normalization, WeightsError, create_encoder
+from ssl_flow.models.encoder import (
+    Encoder,
+    Normalization,
+    WeightsError,
+    create_encoder,
+    pick_device,
+)
 from ssl_flow.models.folder import load_encoder, save_encoder
 from ssl_flow.models.head import PixelEmbeddingHead
 
@@ -11,5 +17,6 @@ __all__ = [
     "WeightsError",
     "create_encoder",
     "load_encoder",
+    "pick_device",
     "save_encoder",
 ]

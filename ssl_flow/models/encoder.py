@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,11 +112,29 @@ class Encoder(nn.Module):
         return (pixels - mean) / std
 
 
+def pick_device(name: str) -> torch.device:
+    """`auto` = cuda where there is one, else cpu; other names as torch knows them.
+
+    Raises:
+        ValueError: no such device, or none here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except Exception as error:
+        raise ValueError(
+            f"device {name!r} cannot be used here ({error}); use --device cpu"
+        ) from error
+    return torch.device(name)
+
+
 def create_encoder(
     architecture: str,
     embedding_dim: int | None = None,
     hidden_dim: int = 128,
     pretrained: bool = False,
+    model_args: dict[str, Any] | None = None,
 ) -> Encoder:
     """Build an encoder around `timm.create_model(architecture)`.
 
@@ -124,6 +143,7 @@ def create_encoder(
         embedding_dim: D of the per-pixel embedding; None for a bare backbone.
         hidden_dim: channels to which the head projects every level.
         pretrained: start from timm's weights.
+        model_args: for `timm.create_model`; None = what lets it take images of any size.
 
     Raises:
         ValueError: unknown architecture, or one without a feature pyramid.
@@ -134,14 +154,12 @@ def create_encoder(
         raise ValueError(
             f"timm has no model {architecture!r}; near it: {', '.join(close) or 'none'}"
         )
-    model_args = _model_args(architecture)
     try:
-        backbone = timm.create_model(
-            architecture, pretrained=pretrained, num_classes=0, **model_args
-        )
+        candidates = _ANY_SIZE if model_args is None else (model_args,)
+        backbone, model_args = _create_backbone(architecture, pretrained, candidates)
     except Exception as error:
         if not pretrained:
-            raise
+            raise ValueError(f"timm cannot build {architecture!r}: {error}") from error
         raise WeightsError(
             f"could not get timm's weights for {architecture!r} ({error}). Use a network "
             f"connection, or random:{architecture} if random weights are meant."
@@ -156,9 +174,24 @@ def create_encoder(
     return encoder
 
 
-def _model_args(architecture: str) -> dict[str, Any]:
-    # Vision transformers take one image size only unless told otherwise.
-    return {"dynamic_img_size": True} if architecture.startswith(("vit_", "deit")) else {}
+# Transformers take one image size only unless told otherwise, in timm's two ways.
+_ANY_SIZE: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
+
+
+def _create_backbone(
+    architecture: str, pretrained: bool, candidates: Sequence[dict[str, Any]]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model built with the first arguments that it knows, and these."""
+    for model_args in candidates[:-1]:
+        try:
+            return timm.create_model(
+                architecture, pretrained=pretrained, num_classes=0, **model_args
+            ), model_args
+        except TypeError:  # an argument that this architecture does not have
+            continue
+    model_args = candidates[-1]
+    model = timm.create_model(architecture, pretrained=pretrained, num_classes=0, **model_args)
+    return model, model_args
 
 
 def _levels(feature_info: Any) -> list[tuple[int, int, int]]:  # noqa: ANN401 (list or FeatureInfo)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from ssl_flow.models.encoder import Encoder, create_encoder
+from ssl_flow.models.encoder import Encoder, Normalization, create_encoder
 from ssl_flow.models.head import PixelEmbeddingHead
 
 
@@ -90,9 +90,14 @@ def _load_folder(path: Path) -> Encoder:
                 "config.json and model.safetensors, a run folder that holds encoder/, "
                 "timm:NAME or random:NAME."
             )
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "architecture" not in config:
+        raise ValueError(f"{folder / 'config.json'} names no 'architecture' (a timm model)")
     own = config.get("ssl_flow", {})
-    encoder = create_encoder(config["architecture"])
+    encoder = create_encoder(config["architecture"], model_args=config.get("model_args"))
+    pixels = config.get("pretrained_cfg", {})
+    if "mean" in pixels and "std" in pixels:
+        encoder.normalization = Normalization(tuple(pixels["mean"]), tuple(pixels["std"]))
     _load_tensors(encoder.backbone, weights)
     if own:
         encoder.head = PixelEmbeddingHead(

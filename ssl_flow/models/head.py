@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -56,4 +57,5 @@ def to_stride(level: Tensor, stride: int, target: int) -> Tensor:
         return level
     if stride < target:
         return F.avg_pool2d(level, target // stride)
-    return F.interpolate(level, scale_factor=stride / target, mode="bilinear", align_corners=False)
+    size = [math.ceil(side * stride / target) for side in level.shape[-2:]]
+    return F.interpolate(level, size, mode="bilinear", align_corners=False)

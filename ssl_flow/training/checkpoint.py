@@ -21,6 +21,7 @@ def save_checkpoint(
         "state": state.state_dict(),
         "optimizer": optimizer.state_dict(),
         "random": torch.get_rng_state(),
+        "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
     with temporary.open("wb") as file:
         torch.save(content, file)
@@ -39,4 +40,6 @@ def load_checkpoint(run: Path, state: nn.Module, optimizer: torch.optim.Optimize
     state.load_state_dict(content["state"])
     optimizer.load_state_dict(content["optimizer"])
     torch.set_rng_state(content["random"].cpu())
+    if content["cuda_random"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([state.cpu() for state in content["cuda_random"]])
     return int(content["step"])

@@ -10,7 +10,9 @@ encoder/ (to import), pictures/, results.json, report.html.
 
 from __future__ import annotations
 
+import copy
 import math
+import multiprocessing
 import sys
 import time
 from pathlib import Path
@@ -24,7 +26,7 @@ from ssl_flow.config import Config, load_config, save_config
 from ssl_flow.data.pairs import FlowPairs, Pair, normalize_flow
 from ssl_flow.flow import FlowStore, extract
 from ssl_flow.losses import CrossPixelFlowLoss
-from ssl_flow.models import WeightsError, create_encoder, save_encoder
+from ssl_flow.models import Encoder, WeightsError, create_encoder, pick_device, save_encoder
 from ssl_flow.training.checkpoint import load_checkpoint, save_checkpoint
 from ssl_flow.training.monitors import Metrics, effective_rank, embedding_sheet
 from ssl_flow.training.score import score_run
@@ -45,7 +47,7 @@ def pretrain(config: Config, resume: Path | None = None) -> Path:
     """
     if resume is not None:
         config = load_config(str(resume / "config.yaml"))
-    device = _device(config.device)
+    device = pick_device(config.device)
     loss_function = _loss(config).to(device)
     torch.manual_seed(config.seed)
     encoder = create_encoder(
@@ -55,6 +57,7 @@ def pretrain(config: Config, resume: Path | None = None) -> Path:
         config.model.pretrained,
     ).to(device=device)
     encoder.to(memory_format=torch.channels_last)
+    _try_step(config, encoder, device)
     score = score_run(config, device)  # checks the labelled data now, probes at the end
 
     store = None if config.data.store == "synthetic" else _open_store(config.data.store)
@@ -83,7 +86,8 @@ def pretrain(config: Config, resume: Path | None = None) -> Path:
         batch_size=batch,
         num_workers=config.data.workers,
         pin_memory=device.type == "cuda",
-        multiprocessing_context="forkserver" if config.data.workers else None,
+        multiprocessing_context=_start_method() if config.data.workers else None,
+        generator=torch.Generator(),  # the global one must not be drawn from at every start
     )
     still = _to(default_collate([pairs[k] for k in range(min(8, batch))]), device)
     amp_type = _amp_type(config, device)
@@ -108,6 +112,8 @@ def pretrain(config: Config, resume: Path | None = None) -> Path:
             group["lr"] = rate
         images = encoder.normalize(pair.image).contiguous(memory_format=torch.channels_last)
         flow = normalize_flow(pair.flow, pair.weight, config.loss.flow_normalization)
+        # BatchNorm counts a batch in the forward pass; a skipped one must not stay in it.
+        buffers = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
         with torch.autocast(device.type, amp_type, enabled=amp_type is not None):
             embedding = encoder(images)
         loss = loss_function(embedding, flow, pair.weight)
@@ -118,12 +124,14 @@ def pretrain(config: Config, resume: Path | None = None) -> Path:
             optimizer.step()
             bad_in_a_row = 0
         else:  # skip the step; a run of them means that something is wrong
+            encoder.load_state_dict(buffers, strict=False)
             skipped += 1
             bad_in_a_row += 1
             if bad_in_a_row == PATIENCE:
                 raise FloatingPointError(
                     f"loss or gradient not finite {PATIENCE} times in a row up to step {step}; "
-                    "lower train.learning_rate or set train.amp to none, then --resume"
+                    f"in {run / 'config.yaml'} lower train.learning_rate or set train.amp to none, "
+                    f"then --resume {run}"
                 )
 
         done = step + 1
@@ -159,7 +167,8 @@ def train_command(argv: list[str]) -> int:
     """`ssl-flow train [CONFIG] [--key.subkey VALUE]... [--resume RUN]` = `python train.py ...`."""
     import tyro
 
-    argv, resume = list(argv), None
+    argv = [word for given in argv for word in _split_resume(given)]
+    resume = None
     if "--resume" in argv:
         at = argv.index("--resume")
         if at + 1 == len(argv) or not (Path(argv[at + 1]) / "config.yaml").is_file():
@@ -180,10 +189,14 @@ def train_command(argv: list[str]) -> int:
             "options: a YAML file or a preset's name. --resume RUN goes on with a run.",
         )
         run = pretrain(config, resume)
-    except (ValueError, FileNotFoundError, FloatingPointError, WeightsError) as error:
+    except (ValueError, OSError, FloatingPointError, WeightsError) as error:
         return _refused(str(error))
     print(f"encoder: {run / 'encoder'}    report: {run / 'report.html'}")
     return 0
+
+
+def _split_resume(word: str) -> list[str]:
+    return word.split("=", 1) if word.startswith("--resume=") else [word]
 
 
 def _refused(reason: str) -> int:
@@ -191,13 +204,23 @@ def _refused(reason: str) -> int:
     return 2
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is 'cuda' but torch finds no CUDA device; use --device cpu")
-    return device
+def _start_method() -> str:
+    """Not fork, which may hang beside running threads; Windows has spawn alone."""
+    methods = multiprocessing.get_all_start_methods()
+    return "forkserver" if "forkserver" in methods else "spawn"
+
+
+def _try_step(config: Config, encoder: Encoder, device: torch.device) -> None:
+    """Refuse a backbone that cannot take these crops now, not after the flow has been computed."""
+    side, state = config.data.crop, copy.deepcopy(encoder.state_dict())
+    try:
+        encoder.train()(torch.rand(config.train.batch_size, 3, side, side, device=device))
+    except Exception as error:
+        raise ValueError(
+            f"{config.model.backbone} cannot take {config.train.batch_size} crops of {side} px: "
+            f"{error}"
+        ) from error
+    encoder.load_state_dict(state)  # BatchNorm has seen noise
 
 
 def _amp_type(config: Config, device: torch.device) -> torch.dtype | None:
@@ -234,7 +257,7 @@ def _schedule(step: int, steps: int, warmup: float) -> float:
     """Linear warm-up, then half a cosine to zero."""
     rising = warmup * steps
     if step < rising:
-        return (step + 1) / rising
+        return min(1.0, (step + 1) / rising)
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1.0, steps - rising)))
 
 

@@ -70,7 +70,10 @@ def effective_rank(embedding: Tensor) -> float:
 
 
 def pca_rgb(embedding: Tensor) -> np.ndarray:
-    """(B, D, H, W) embeddings -> (B, H, W, 3) uint8: three principal components of the batch."""
+    """(B, D, H, W) embeddings -> (B, H, W, 3) uint8: three principal components of the batch.
+
+    With D = 2 the third colour stays dark.
+    """
     batch, dim, height, width = embedding.shape
     pixels = embedding.detach().float().cpu().permute(0, 2, 3, 1).reshape(-1, dim)
     pixels = pixels - pixels.mean(0)
@@ -78,7 +81,8 @@ def pca_rgb(embedding: Tensor) -> np.ndarray:
     projected = pixels @ basis[:, -3:].flip(1)
     low, high = projected.quantile(0.01, dim=0), projected.quantile(0.99, dim=0)
     scaled = ((projected - low) / (high - low).clamp(min=1e-9)).clamp(0, 1) * 255
-    picture: np.ndarray = scaled.byte().view(batch, height, width, -1).numpy()
+    scaled = torch.nn.functional.pad(scaled, (0, 3 - scaled.shape[1]))
+    picture: np.ndarray = scaled.byte().view(batch, height, width, 3).numpy()
     return picture
 
 

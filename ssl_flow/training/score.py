@@ -56,8 +56,8 @@ def score_run(config: Config, device: torch.device) -> Callable[[Encoder, Path],
         (run / "pictures").mkdir(exist_ok=True)
         counts = f"{len(sets[0])} images to fit, {len(sets[1])} to score"
         print(f"\nlinear probe on {sets[1].name}: {counts}")
-        print(f"{'encoder':<12} {'mIoU':>8} {'std':>8} {'pixel accuracy':>15}")
-        for name in ("random", "pretrained"):
+        rows = [f"{'encoder':<12} {'mIoU':>8} {'std':>8} {'pixel accuracy':>15}"]
+        for name in ("pretrained", "random"):
             runs = []
             for seed in seeds:
                 probed = encoder
@@ -68,7 +68,7 @@ def score_run(config: Config, device: torch.device) -> Callable[[Encoder, Path],
             summary = summarize(runs)
             miou, accuracy = summary["miou"], summary["pixel_accuracy"]["mean"]
             std = "-" if miou["std"] is None else f"{miou['std']:.4f}"
-            print(f"{name:<12} {miou['mean']:>8.4f} {std:>8} {accuracy:>15.4f}", flush=True)
+            rows.append(f"{name:<12} {miou['mean']:>8.4f} {std:>8} {accuracy:>15.4f}")
             table[name] = {
                 "miou": miou["mean"],
                 "miou_std": miou["std"],
@@ -78,6 +78,7 @@ def score_run(config: Config, device: torch.device) -> Callable[[Encoder, Path],
             }
             strips = prediction_strips(runs[0].examples, len(sets[1].classes))
             cv2.imwrite(str(run / "pictures" / f"probe_{name}.png"), strips[..., ::-1])
+        print("\n".join(rows), flush=True)
         return table
 
     return score

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import timm
 import torch
@@ -38,7 +40,11 @@ def test_saved_encoder_and_plain_timm_give_the_same_features(architecture, tmp_p
         torch.testing.assert_close(loaded.embed(images), encoder.embed(images), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture",
+    [*ARCHITECTURES, "swin_tiny_patch4_window7_224", 
+     "vit_tiny_patch16_224.augreg_in21k", "vit_small_patch14_dinov2"],
+)  # fmt: skip
 @pytest.mark.parametrize("size", [(64, 64), (50, 77)])
 def test_shapes_for_any_image_size(architecture, size):
     encoder = create_encoder(architecture, embedding_dim=8).eval()
@@ -102,6 +108,18 @@ def test_run_folder_and_weights_file_are_specs_too(tmp_path):
     with torch.no_grad():
         for spec in (tmp_path / "run", tmp_path / "run" / "encoder" / "model.safetensors"):
             assert torch.equal(load_encoder(spec).embed(images), encoder.embed(images))
+
+
+def test_normalisation_and_model_arguments_come_from_the_folder(tmp_path):
+    save_encoder(create_encoder("vit_tiny_patch16_224"), tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    assert config["model_args"]["dynamic_img_size"] is True
+    config["pretrained_cfg"] |= {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    path.write_text(json.dumps(config))
+    loaded = load_encoder(tmp_path)
+    assert loaded.normalization.mean == (0.1, 0.2, 0.3)
+    assert loaded.normalization.std == (0.4, 0.5, 0.6)
 
 
 def test_errors_say_what_was_expected(tmp_path):

@@ -1,16 +1,19 @@
 import json
 from dataclasses import replace
 
+import cv2
+import numpy as np
 import pytest
 import timm
 import torch
 import yaml
 
 import ssl_flow
-from ssl_flow.config import Config, DataConfig, EvaluationConfig, TrainConfig
+from ssl_flow.config import Config, DataConfig, EvaluationConfig, ModelConfig, TrainConfig
 from ssl_flow.data.synthetic import synthetic_sources
+from ssl_flow.evaluation import LinearProbe
 from ssl_flow.flow import FlowStore, extract
-from ssl_flow.training import checkpoint, loop, pretrain, train_command
+from ssl_flow.training import checkpoint, loop, pretrain, score, train_command
 
 
 @pytest.fixture(scope="session")
@@ -134,6 +137,13 @@ def test_workers_do_not_change_what_is_learned(store, tmp_path, finished):
         {"loss": {"flow_normalization": "log"}},
         {"loss": {"learn_scale": True}},
         {"loss": {"self_pairs": "subtract_identity"}},
+        {"loss": {"flow_normalization": "none"}},
+        {"loss": {"embedding_scale": 0.5}},
+        {"loss": {"embedding_temperature": 0.2}},
+        {"loss": {"flow_sigma": 1.0}},
+        {"loss": {"flow_temperature": 0.2}},
+        {"data": {"crop": 32}},
+        {"train": {"batch_size": 2}},
         {"data": {"color_jitter": 0.0}},
         {"data": {"min_scale": 1.0}},
         {"model": {"embedding_dim": 8}},
@@ -173,15 +183,19 @@ def test_command_reads_the_file_and_flags_override_it(store, tmp_path):
         (["--data.store", "nowhere"], "nowhere"),
         (["--evaluation.data", "camvid:nowhere"], "nowhere"),
         (["--model.backbone", "resnet19"], "near it"),
+        (["--model.backbone", "vit_relpos_small_patch16_224"], "cannot take 16 crops of 128 px"),
         (["--loss.flow-temperature", "0.001"], "flow_temperature"),
         (["--resume", "nowhere"], "run folder"),
+        (["--resume=nowhere"], "run folder"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--device", "nonsense"], "--device cpu"),
         (["--device", "cuda"], "--device cpu"),
     ],
 )
 def test_bad_input_is_told_in_one_line_before_any_work(tmp_path, capsys, arguments, message):
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    if "--resume" not in arguments:
+    if "--resume" not in arguments[0]:
         arguments = [*arguments, "--out", str(tmp_path)]
     try:
         status = train_command(arguments)
@@ -192,8 +206,47 @@ def test_bad_input_is_told_in_one_line_before_any_work(tmp_path, capsys, argumen
     assert not list(tmp_path.glob("*/checkpoints"))
 
 
-def test_flow_store_is_left_as_it_was(store, finished):
-    assert len(FlowStore(store)) > 0
+def test_amp_has_an_effect(store, tmp_path):
+    losses = [
+        lines(pretrain(tiny(store, tmp_path / amp, amp=amp)))[-1]["loss"]
+        for amp in ("bfloat16", "none")
+    ]
+    assert losses[0] != losses[1]
+
+
+def test_two_dimensional_embeddings_have_a_picture(store, tmp_path):
+    config = replace(tiny(store, tmp_path), model=ModelConfig(embedding_dim=2))
+    assert (pretrain(config) / "pictures" / "training.png").is_file()
+
+
+def test_the_whole_job_on_synthetic_videos(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(score, "LinearProbe", lambda: LinearProbe(steps=30, batch_pixels=512))
+    rng = np.random.default_rng(0)
+    for folder in ("images", "masks"):
+        (tmp_path / "labelled" / folder).mkdir(parents=True)
+    for i in range(10):
+        mask = np.zeros((48, 64), np.uint8)
+        mask[:, : rng.integers(10, 50)] = 1
+        image = (40 + 150 * mask[..., None] + rng.integers(0, 30, (48, 64, 3))).astype(np.uint8)
+        cv2.imwrite(str(tmp_path / "labelled" / "images" / f"{i}.png"), image)
+        cv2.imwrite(str(tmp_path / "labelled" / "masks" / f"{i}.png"), mask)
+    config = Config(
+        data=DataConfig(store="synthetic", videos=2, crop=64, workers=0),
+        train=TrainConfig(steps=2, batch_size=2),
+        evaluation=EvaluationConfig(data=f"folder:{tmp_path / 'labelled'}", seeds=2),
+        out=str(tmp_path / "runs"),
+    )
+    run = pretrain(config)
+    results = json.loads((run / "results.json").read_text())["linear_probe"]
+    assert all(0 < results[name]["miou"] <= 1 for name in ("pretrained", "random"))
+    assert len(results["random"]["runs"]) == 2
+    printed = capsys.readouterr().out
+    assert printed.index("pretrained  ") < printed.index("random  ")
+    assert f"{results['pretrained']['miou']:.4f}" in printed
+    for name in ("pretrained", "random"):
+        assert (run / "pictures" / f"probe_{name}.png").is_file()
+        assert f"{results[name]['miou']:.4f}" in (run / "report.html").read_text()
+    assert len(FlowStore(run / "flow")) > 0
 
 
 def test_non_finite_steps_are_skipped_counted_and_in_the_end_fatal(store, tmp_path, monkeypatch):
@@ -212,3 +265,14 @@ def test_non_finite_steps_are_skipped_counted_and_in_the_end_fatal(store, tmp_pa
     many = replace(tiny(store, tmp_path / "b"), train=TrainConfig(steps=30, batch_size=2))
     with pytest.raises(FloatingPointError, match="10 times in a row"):
         pretrain(many)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(25, 0.1), (10, 0.0), (7, 0.5)])
+def test_learning_rate_rises_to_its_peak_once_and_falls_to_zero(steps, warmup):
+    rates = [loop._schedule(step, steps, warmup) for step in range(steps + 1)]
+    assert max(rates) == pytest.approx(1, abs=0.02)
+    assert max(rates) <= 1
+    assert rates[-1] == pytest.approx(0)
+    top = rates.index(max(rates))
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
