@@ -53,6 +53,17 @@ def test_camvid_train_and_val_with_ignore(camvid):
         train[3]
 
 
+def test_camvid_is_judged_on_its_test_split_where_it_has_one(camvid):
+    _pair(camvid / "test", "test0", [[0, 1, 7], [2, 2, 0]])
+    assert open_segmentation(f"camvid:{camvid}", "test").names == ["test0"]
+
+
+def test_class_ids_must_fit_a_mask(camvid):
+    (camvid / "classes.csv").write_text("id,name\n256,sky\n")
+    with pytest.raises(ValueError, match=r"classes\.csv: id 256 .* 0 to 255"):
+        open_segmentation(f"camvid:{camvid}", "train")
+
+
 def test_davis_splits_by_sequence(davis):
     train, test = (open_segmentation(f"davis:{davis}", s) for s in ("train", "test"))
     assert train.protocol["sequences"] == ["a", "c", "d"]

@@ -21,6 +21,15 @@ from ssl_flow.flow import (
 from ssl_flow.flow.command import flow_command
 
 
+@pytest.mark.parametrize(
+    ("method", "options"), [("farneback", {"winsize": "abc"}), ("dis", {"patch_size": "x"})]
+)
+def test_an_impossible_option_is_refused_before_any_work(tmp_path, method, options):
+    with pytest.raises(ValueError, match=f"{method}.*{next(iter(options.values()))}"):
+        extract([], tmp_path / "store", method=method, options=options)
+    assert not (tmp_path / "store").exists()
+
+
 def shards(store):
     return {
         str(file.relative_to(store)): file.read_bytes()
