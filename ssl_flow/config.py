@@ -66,7 +66,7 @@ class LossConfig:
     """How a pixel's pair with itself is kept from dominating."""
     flow_normalization: Literal["standardize", "log", "none"] = "standardize"
     """Per image: zero mean and unit deviation; log compression to [-1, 1]; pixels as they are."""
-    backend: Literal["auto", "chunked", "reference"] = "auto"
+    backend: Literal["auto", "triton", "chunked", "reference"] = "auto"
     """Which implementation computes the loss."""
 
 

@@ -22,7 +22,7 @@ vectors lie as (B, D, N), the layout in which the products are fastest.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -31,6 +31,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from ssl_flow.losses.reference import cosine, has_pairs, unit_sum
 
+# (embedding (B, N, D), flow (B, N, 2), weight (B, N), sigma) -> K_f (w ê) (B, N, D), |K_f|^2 (B,)
+GaussianProducts = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 _LOG2E = math.log2(math.e)
 # A CPU core's cache holds two tiles of 2^18 numbers (1 MiB of float32); a GPU wants large launches.
 _TILE_SIDE = {"cpu": 256, "cuda": 1024}
@@ -84,24 +86,38 @@ def target_entropy(
         _accumulate(tile, y, target, row)
         # From the kernel's top, so that its many pixels of equal flow add no rounding.
         _accumulate(tile, yk, target.mul_(exponent.sub_(half * _LOG2E)), row)
-    valid, coefficient = _row_coefficients(weight)
+    valid, coefficient = row_coefficients(weight)
     y = torch.where(valid, y[:, 0], 1)
     return (coefficient * (y.log() - half - yk[:, 0] / y / _LOG2E)).sum(-1)
 
 
 def kernel_alignment(
-    embedding: Tensor, scale: float | Tensor, flow: Tensor, weight: Tensor, *, flow_sigma: float
+    embedding: Tensor,
+    scale: float | Tensor,
+    flow: Tensor,
+    weight: Tensor,
+    *,
+    flow_sigma: float,
+    gaussian_products: GaussianProducts | None = None,
 ) -> Tensor:
     """One minus the cosine between the two kernel matrices, (B,). ``scale`` cancels."""
-    e_f, e_e, f_f, _ = _inner_products(embedding, flow, weight, flow_sigma)
+    products = gaussian_products or _gaussian_products
+    e_f, e_e, f_f, _ = _inner_products(embedding, flow, weight, flow_sigma, products)
     return torch.where(has_pairs(weight), 1 - cosine(e_f, e_e, f_f), 0)
 
 
 def regression(
-    embedding: Tensor, scale: float | Tensor, flow: Tensor, weight: Tensor, *, flow_sigma: float
+    embedding: Tensor,
+    scale: float | Tensor,
+    flow: Tensor,
+    weight: Tensor,
+    *,
+    flow_sigma: float,
+    gaussian_products: GaussianProducts | None = None,
 ) -> Tensor:
     """Mean squared difference of the two kernels over pairs, (B,)."""
-    e_f, e_e, f_f, pairs = _inner_products(embedding, flow, weight, flow_sigma)
+    products = gaussian_products or _gaussian_products
+    e_f, e_e, f_f, pairs = _inner_products(embedding, flow, weight, flow_sigma, products)
     valid = has_pairs(weight)
     total = scale**2 * e_e - 2 * scale * e_f + f_f
     return torch.where(valid, total / torch.where(valid, pairs, 1), 0)
@@ -125,7 +141,7 @@ class _CrossEntropy(torch.autograd.Function):
         x_f = torch.cat([row, row * e], 1)  # (B, 1 + D, N)
         x_e = x_f if needs_grad else row
         sum_e, sum_f = _kernel_products(e, scale, points, x_e, x_f, options)
-        valid, coefficient = _row_coefficients(weight)
+        valid, coefficient = row_coefficients(weight)
         z = torch.where(valid, sum_e[:, 0], 1)
         y = torch.where(valid, sum_f[:, 0], 1)
         mean_f = sum_f[:, 1:] / y[:, None]  # the target's mean of ê around each pixel
@@ -159,18 +175,18 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _inner_products(
-    embedding: Tensor, flow: Tensor, weight: Tensor, sigma: float
+    embedding: Tensor, flow: Tensor, weight: Tensor, sigma: float, products: GaussianProducts
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """<K_e, K_f> / s, |K_e|^2 / s^2, |K_f|^2 and the sum of pair weights, each (B,).
 
     Over pairs of different pixels, with weights of sum 1.
     """
-    w, e = unit_sum(weight), embedding.transpose(1, 2)
-    x = w[:, None] * e
-    product, f_f = _gaussian_products(x.detach(), flow.transpose(1, 2).contiguous(), w, sigma)
+    w = unit_sum(weight)
+    product, f_f = products(embedding.detach(), flow, w, sigma)
     # The form x^T K x, ``product = K x`` a constant: its value once, its gradient in x twice.
-    form = (x * product).sum((1, 2))
+    form = (w[..., None] * embedding * product).sum((1, 2))
     e_f = 2 * form - form.detach()
+    e = embedding.transpose(1, 2)
     # Taking the self pairs from a sum over all pairs cancels where few pixels count: do it in
     # double precision, wherever the device has it (these are O(N) sums).
     if e.device.type != "mps":
@@ -203,17 +219,19 @@ def _kernel_products(
 
 
 def _gaussian_products(
-    x: Tensor, points: Tensor, weight: Tensor, sigma: float
+    e: Tensor, flow: Tensor, weight: Tensor, sigma: float
 ) -> tuple[Tensor, Tensor]:
-    """``K_f x`` (B, D, N) and ``|K_f|^2`` (B,), without the self pairs."""
-    product, row = torch.zeros_like(x), weight[:, None]
+    """``K_f (w ê)`` (B, N, D) and ``|K_f|^2`` (B,), without the self pairs."""
+    row, points = weight[:, None], flow.transpose(1, 2).contiguous()
+    x = row * e.transpose(1, 2)
+    product = torch.zeros_like(x)
     squared = torch.zeros_like(row)
     for tile in _tiles(points):
         kernel = _gaussian(tile, points, sigma, 1.0)
         _drop_self_pairs(tile, kernel, "exclude")
         _accumulate(tile, product, kernel, x)
         _accumulate(tile, squared, kernel.square_(), row)
-    return product, (squared * row).sum((1, 2))
+    return product.transpose(1, 2), (squared * row).sum((1, 2))
 
 
 class _Tile(NamedTuple):
@@ -287,7 +305,7 @@ def _drop_self_pairs(tile: _Tile, kernel: Tensor, self_pairs: str) -> None:
         kernel.diagonal(dim1=1, dim2=2).zero_()
 
 
-def _row_coefficients(weight: Tensor) -> tuple[Tensor, Tensor]:
+def row_coefficients(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Which images have pairs, (B, 1), and each row's part of its image's mean, (B, N)."""
     valid = has_pairs(weight)[:, None]
     total = torch.where(valid, weight.sum(-1, keepdim=True), 1)

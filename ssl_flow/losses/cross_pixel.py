@@ -3,6 +3,7 @@
 Formulas and source (arXiv 1807.05636): :mod:`ssl_flow.losses.reference`.
 """
 
+import importlib.util
 import math
 from types import ModuleType
 
@@ -14,7 +15,8 @@ from ssl_flow.losses import chunked, reference
 
 OBJECTIVES = ("cross_entropy", "kernel_alignment", "regression")
 SELF_PAIRS = ("exclude", "subtract_identity")
-_BACKENDS: dict[str, ModuleType] = {"chunked": chunked, "reference": reference}
+BACKENDS = ("auto", "triton", "chunked", "reference")
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _MAX_EXPONENT = 80.0  # what float32 exponentials take: exp(80) is 5.5e34
 _MIN_SCALE = 1e-4  # where a learned scale stops
 
@@ -32,9 +34,12 @@ class CrossPixelFlowLoss(torch.nn.Module):
         self_pairs: ``"exclude"`` leaves pairs of a pixel with itself out; ``"subtract_identity"``
             (cross-entropy only) keeps them and subtracts the identity from both kernels.
         learn_scale: make s a parameter, ``log_scale``, kept within the bounds below.
-        backend: ``"chunked"`` (memory O(N)), ``"reference"`` (dense, to compare with), ``"auto"``.
+        backend: ``"triton"`` (fused kernels, CUDA, float32 and half precision, up to 256
+            channels), ``"chunked"`` (any device), both with memory O(N); ``"reference"`` (dense,
+            to compare with); ``"auto"`` is ``"triton"`` wherever that runs, else ``"chunked"``.
 
     Raises:
+        ModuleNotFoundError: for ``backend="triton"`` where that package isn't installed.
         ValueError: for an unknown name, a number that isn't positive, an option that the objective
             can't honour, and, for cross-entropy, exponents out of float32's reach
             (``2 embedding_scale / embedding_temperature > 80`` or ``1 / flow_temperature > 80``).
@@ -60,7 +65,7 @@ class CrossPixelFlowLoss(torch.nn.Module):
         super().__init__()
         _check_choice("objective", objective, OBJECTIVES)
         _check_choice("self_pairs", self_pairs, SELF_PAIRS)
-        _check_choice("backend", backend, ("auto", *_BACKENDS))
+        _check_choice("backend", backend, BACKENDS)
         for name, value in {
             "embedding_scale": embedding_scale,
             "embedding_temperature": embedding_temperature,
@@ -76,6 +81,8 @@ class CrossPixelFlowLoss(torch.nn.Module):
                 f"self_pairs='subtract_identity' is for objective='cross_entropy', found "
                 f"objective={objective!r}: use self_pairs='exclude'"
             )
+        if backend == "triton":
+            _triton_backend()
         if learn_scale and objective == "kernel_alignment":
             raise ValueError(
                 "learn_scale=True has no effect with objective='kernel_alignment', which doesn't "
@@ -131,8 +138,10 @@ class CrossPixelFlowLoss(torch.nn.Module):
             not finite; it isn't raised, since looking would make a GPU wait.
 
         Raises:
-            TypeError: if a tensor isn't of a floating-point type.
-            ValueError: if shapes or devices don't fit together, or flow or weight requires grad.
+            TypeError: if a tensor isn't of a floating-point type, or is float64 with
+                ``backend="triton"``.
+            ValueError: if shapes or devices don't fit together, or flow or weight requires grad, or
+                ``backend="triton"`` can't run on that device or that many channels.
         """
         _check_inputs(flow, weight, embedding)
         with torch.autocast(embedding.device.type, enabled=False):
@@ -161,7 +170,7 @@ class CrossPixelFlowLoss(torch.nn.Module):
         _check_inputs(flow, weight)
         with torch.autocast(flow.device.type, enabled=False):
             w, flow_rows, poison = _prepare(flow, weight, _compute_dtype(flow))
-            entropy: Tensor = self._backend().target_entropy(
+            entropy: Tensor = self._backend(flow_rows).target_entropy(
                 flow_rows,
                 w,
                 flow_sigma=self.flow_sigma,
@@ -193,8 +202,14 @@ class CrossPixelFlowLoss(torch.nn.Module):
             )
         return text
 
-    def _backend(self) -> ModuleType:
-        return _BACKENDS["chunked" if self.backend == "auto" else self.backend]
+    def _backend(self, rows: Tensor) -> ModuleType:
+        """The module that computes for ``rows`` (B, N, channels)."""
+        name = self.backend
+        if name == "auto":
+            name = "triton" if _suits_triton(rows) else "chunked"
+        if name == "triton":
+            return _triton_backend()
+        return chunked if name == "chunked" else reference
 
     def _objective(self, embedding: Tensor, flow: Tensor, weight: Tensor) -> Tensor:
         options: dict[str, float | str] = {"flow_sigma": self.flow_sigma}
@@ -202,7 +217,7 @@ class CrossPixelFlowLoss(torch.nn.Module):
             options["embedding_temperature"] = self.embedding_temperature
             options["flow_temperature"] = self.flow_temperature
             options["self_pairs"] = self.self_pairs
-        function = getattr(self._backend(), self.objective)
+        function = getattr(self._backend(embedding), self.objective)
         loss: Tensor = function(embedding, self.scale, flow, weight, **options)
         return loss
 
@@ -210,6 +225,29 @@ class CrossPixelFlowLoss(torch.nn.Module):
 def _check_choice(name: str, found: str, known: tuple[str, ...]) -> None:
     if found not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}; found {found!r}")
+
+
+def _triton_backend() -> ModuleType:
+    try:
+        from ssl_flow.losses import triton_pairwise
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "backend='triton' needs the package triton, which comes with PyTorch's CUDA builds: "
+            "pip install triton, or use backend='chunked'"
+        ) from error
+    return triton_pairwise
+
+
+def _suits_triton(rows: Tensor) -> bool:
+    """Whether the fused kernels run on ``rows`` (B, N, channels): float16 tensor cores, mainly."""
+    return (
+        rows.is_cuda
+        and torch.version.cuda is not None
+        and rows.dtype == torch.float32
+        and rows.shape[-1] <= 256
+        and torch.cuda.get_device_capability(rows.device) >= (8, 0)
+        and _HAS_TRITON
+    )
 
 
 def _check_exponents(scale: float, embedding_temperature: float, flow_temperature: float) -> None:

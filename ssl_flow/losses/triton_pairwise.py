@@ -1,0 +1,294 @@
+"""The cross-pixel losses over all pairs, fused for GPUs: exact, nothing of size N x N in memory.
+
+The formulas and the interface are those of :mod:`ssl_flow.losses.reference`, the device code is in
+:mod:`ssl_flow.losses.triton_kernels`.
+
+Cross-entropy takes two passes. The forward pass sums ``z, y`` and the cross term of each row; the
+backward pass needs rows only again, since both kernel matrices are symmetric:
+
+    dL/dê_u = s / (W tau_e) sum_v m [ E_uv (a_u w_v + w_u a_v) - F_uv (b_u w_v + w_u b_v) ] ê_v
+    E = exp(K'_e/tau_e)   F = exp((K'_f - 1/2)/tau_f)   a = w / z   b = w / y
+
+The other objectives need one product with the flow kernel, ``K_f (w ê)``, and ``|K_f|^2``, both
+free of gradients; the algebra around them is :mod:`ssl_flow.losses.chunked`'s.
+
+Each is a ``torch.library`` operator, so ``torch.compile``, DDP and activation checkpointing work.
+They run on CUDA devices; on a CPU under Triton's interpreter (``TRITON_INTERPRET=1``), for tests.
+"""
+
+import functools
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from ssl_flow.losses import chunked
+from ssl_flow.losses.chunked import row_coefficients
+from ssl_flow.losses.triton_kernels import gradient_kernel, products_kernel, sums_kernel
+
+MAX_CHANNELS = 256
+_Context = Any  # autograd's: it takes any attribute
+_LOG2E = math.log2(math.e)
+_DROP = 1e4  # taken from an exponent, leaves 2^-10000 = 0
+_LIFT = 2.0**13  # brings weights of 1/N into the middle of float16's range, and 2 not out of it
+# Pixels on a tile's side and stages of loads in flight, by the width of the operands. Fixed, so
+# that the same shapes give the same bits on every GPU of a kind. Larger tiles spill registers:
+# benchmarks/triton_resources.py reads it off the binaries.
+_TILES = {16: (64, 2), 32: (64, 2), 64: (64, 2), 128: (32, 2), 256: (16, 1)}
+_HOPPER_TILES = _TILES | {128: (64, 2)}  # its tensor cores read operands from shared memory
+WIDTHS = tuple(_TILES)
+# Without fused multiply-adds the loops have a fifth more instructions.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+
+
+def cross_entropy(
+    embedding: Tensor,
+    scale: float | Tensor,
+    flow: Tensor,
+    weight: Tensor,
+    *,
+    embedding_temperature: float,
+    flow_sigma: float,
+    flow_temperature: float,
+    self_pairs: str,
+) -> Tensor:
+    """Cross-entropy of the embedding's row softmax against the flow's, (B,)."""
+    _check(embedding)
+    s = scale if isinstance(scale, Tensor) else embedding.new_full((), scale)
+    options = (embedding_temperature, flow_sigma, flow_temperature, self_pairs == "exclude")
+    loss: Tensor = _cross_entropy(embedding.contiguous(), s, flow, weight, *options)[0]
+    return loss
+
+
+def target_entropy(
+    flow: Tensor,
+    weight: Tensor,
+    *,
+    flow_sigma: float,
+    flow_temperature: float,
+    self_pairs: str,
+) -> Tensor:
+    """Entropy H of the flow's row softmax, (B,): what the cross-entropy can't go below."""
+    _check(flow)
+    entropy: Tensor = _target_entropy(
+        flow, weight, flow_sigma, flow_temperature, self_pairs == "exclude"
+    )
+    return entropy
+
+
+def gaussian_products(
+    e: Tensor, flow: Tensor, weight: Tensor, sigma: float
+) -> tuple[Tensor, Tensor]:
+    """``K_f (w ê)`` (B, N, D) and ``|K_f|^2`` (B,) without the self pairs. No gradient."""
+    _check(e)
+    product, f_f = _gaussian_products(e.detach().contiguous(), flow, weight, sigma)
+    return product, f_f
+
+
+kernel_alignment = functools.partial(chunked.kernel_alignment, gaussian_products=gaussian_products)
+regression = functools.partial(chunked.regression, gaussian_products=gaussian_products)
+
+
+@torch.library.custom_op("ssl_flow::cross_entropy", mutates_args=())
+def _cross_entropy(
+    e: Tensor,  # (B, N, D) float32
+    scale: Tensor,  # ()
+    flow: Tensor,  # (B, N, 2)
+    weight: Tensor,  # (B, N)
+    embedding_temperature: float,
+    flow_sigma: float,
+    flow_temperature: float,
+    exclude: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss (B,) and, for the backward pass, z and y (B, N)."""
+    hi, lo = _halves(e * (scale * (_LOG2E / embedding_temperature)).sqrt())
+    points = _points(flow, flow_sigma)
+    drops = _drops(embedding_temperature, flow_temperature, exclude)
+    z, y, cross = _launch_sums(hi, lo, points, weight, flow_temperature, drops, entropy=False)
+    valid, coefficient = row_coefficients(weight)
+    z, y = torch.where(valid, z, 1), torch.where(valid, y, 1)
+    return (coefficient * (z.log() - cross / y / _LOG2E)).sum(-1), z, y
+
+
+@_cross_entropy.register_fake
+def _(e: Tensor, scale: Tensor, flow: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, ...]:
+    return e.new_empty(e.shape[0]), torch.empty_like(weight), torch.empty_like(weight)
+
+
+@torch.library.custom_op("ssl_flow::cross_entropy_gradient", mutates_args=())
+def _cross_entropy_gradient(
+    grad: Tensor,  # (B,)
+    e: Tensor,
+    scale: Tensor,
+    flow: Tensor,
+    weight: Tensor,
+    z: Tensor,
+    y: Tensor,
+    embedding_temperature: float,
+    flow_sigma: float,
+    flow_temperature: float,
+    exclude: bool,
+) -> Tensor:
+    """The gradient in e, (B, N, D)."""
+    root = (scale * (_LOG2E / embedding_temperature)).sqrt()
+    hi, lo = _halves(e * root)
+    points = _points(flow, flow_sigma)
+    drops = _drops(embedding_temperature, flow_temperature, exclude)
+    valid, _ = row_coefficients(weight)
+    # Weights between 0 and _LIFT whatever their unit is, as float16 products need them.
+    largest = torch.where(valid, weight.amax(-1, keepdim=True), 1)
+    lifted = weight * (_LIFT / largest)
+    factors = torch.stack([weight, lifted / z, lifted / y], 1)
+    mean = torch.where(valid, largest / _LIFT / weight.sum(-1, keepdim=True), 0)[:, 0]
+    finish = grad * mean * (scale / embedding_temperature / root)
+    gradient = torch.empty_like(e)
+    _launch(
+        gradient_kernel, e, hi, lo, points, factors, finish, gradient, *e.shape[1:],
+        _LOG2E / flow_temperature, *drops,
+    )  # fmt: skip
+    return gradient
+
+
+@_cross_entropy_gradient.register_fake
+def _(grad: Tensor, e: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(e)
+
+
+def _save_for_gradient(ctx: _Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, z, y = output
+    ctx.save_for_backward(*inputs[:4], z, y)
+    ctx.options = inputs[4:]
+    ctx.mark_non_differentiable(z, y)
+
+
+def _gradients(ctx: _Context, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    e, scale, flow, weight, z, y = ctx.saved_tensors
+    grad_e = _cross_entropy_gradient(grad, e, scale, flow, weight, z, y, *ctx.options)
+    grad_scale = None
+    if ctx.needs_input_grad[1]:
+        # The loss depends on s ê ê^T alone, so its slope along s is half its slope along ê.
+        grad_scale = (grad_e * e).sum().to(scale.dtype) / (2 * scale)
+    return grad_e, grad_scale, *(None,) * 6
+
+
+_cross_entropy.register_autograd(_gradients, setup_context=_save_for_gradient)
+
+
+@torch.library.custom_op("ssl_flow::target_entropy", mutates_args=())
+def _target_entropy(
+    flow: Tensor, weight: Tensor, flow_sigma: float, flow_temperature: float, exclude: bool
+) -> Tensor:
+    points = _points(flow, flow_sigma)
+    unused = flow.new_zeros(*weight.shape, 1, dtype=torch.float16)
+    drops = _drops(1.0, flow_temperature, exclude)
+    _, y, cross = _launch_sums(
+        unused, unused, points, weight, flow_temperature, drops, entropy=True
+    )
+    valid, coefficient = row_coefficients(weight)
+    y = torch.where(valid, y, 1)
+    return (coefficient * (y.log() - cross / y / _LOG2E)).sum(-1)
+
+
+@_target_entropy.register_fake
+def _(flow: Tensor, *_: object) -> Tensor:
+    return flow.new_empty(flow.shape[0])
+
+
+@torch.library.custom_op("ssl_flow::gaussian_products", mutates_args=())
+def _gaussian_products(
+    e: Tensor, flow: Tensor, weight: Tensor, flow_sigma: float
+) -> tuple[Tensor, Tensor]:
+    hi, lo = _halves(e)
+    largest = weight.amax(-1, keepdim=True)
+    largest = torch.where(largest == 0, 1, largest) / _LIFT
+    product, squares = torch.empty_like(e), torch.empty_like(weight)
+    _launch(
+        products_kernel, e, hi, lo, _points(flow, flow_sigma), weight / largest, product, squares,
+        *e.shape[1:],
+    )  # fmt: skip
+    return product * largest[..., None], (squares * largest * weight).sum(-1)
+
+
+@_gaussian_products.register_fake
+def _(e: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(e), e.new_empty(e.shape[0])
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """float16 and what its rounding lost, in float16."""
+    hi = x.half()
+    return hi, (x - hi).half()
+
+
+def _points(flow: Tensor, sigma: float) -> Tensor:
+    """(B, N, 2) -> (B, 2, N), in units that make the Gaussian ``2^-|difference|^2``."""
+    return (flow * (math.sqrt(_LOG2E / 2) / sigma)).transpose(1, 2).contiguous()
+
+
+def _drops(
+    embedding_temperature: float, flow_temperature: float, exclude: bool
+) -> tuple[float, float]:
+    """What self pairs lose in each exponent: all, or the identity's 1."""
+    if exclude:
+        return _DROP, _DROP
+    return _LOG2E / embedding_temperature, _LOG2E / flow_temperature
+
+
+def _launch_sums(
+    hi: Tensor,
+    lo: Tensor,
+    points: Tensor,
+    weight: Tensor,
+    flow_temperature: float,
+    drops: tuple[float, float],
+    *,
+    entropy: bool,
+) -> tuple[Tensor, ...]:
+    b, n = weight.shape
+    sums = weight.new_empty(b, 3, n)
+    _launch(
+        sums_kernel, hi, hi, lo, points, weight.contiguous(), sums, *hi.shape[1:],
+        _LOG2E / flow_temperature, *drops, ENTROPY=entropy,
+    )  # fmt: skip
+    return sums.unbind(1)
+
+
+def _launch(
+    kernel: triton.JITFunction, like: Tensor, *arguments: Tensor | int | float, **constants: bool
+) -> None:
+    """Run a kernel over the tiles of each image of ``like`` (B, N, D)."""
+    b, n, d = like.shape
+    width = max(16, triton.next_power_of_2(d))
+    capability = torch.cuda.get_device_capability(like.device) if like.is_cuda else (0, 0)
+    side, stages = tile(width, capability)
+    with torch.cuda.device_of(like):
+        kernel[(triton.cdiv(n, side), b)](
+            *arguments, SIDE=side, WIDTH=width, STAGES=stages, **constants, **OPTIONS
+        )
+
+
+def tile(width: int, capability: tuple[int, int]) -> tuple[int, int]:
+    """Pixels on a side, and stages, for operands of this width on a GPU of this capability."""
+    return (_HOPPER_TILES if capability[0] == 9 else _TILES)[width]
+
+
+def _check(x: Tensor) -> None:
+    """Raise unless the kernels take x, (B, N, D)."""
+    if x.dtype != torch.float32:
+        raise TypeError(
+            f"backend='triton' computes in float32 and takes float32 or half precision, found "
+            f"{x.dtype}: use backend='chunked'"
+        )
+    if x.shape[-1] > MAX_CHANNELS:
+        raise ValueError(
+            f"backend='triton' takes embeddings of at most {MAX_CHANNELS} channels, found "
+            f"{x.shape[-1]}: use backend='chunked'"
+        )
+    if x.device.type != "cuda" and not isinstance(sums_kernel, InterpretedFunction):
+        raise ValueError(
+            f"backend='triton' runs on CUDA devices, found {x.device}: use backend='chunked', or "
+            "set TRITON_INTERPRET=1 before the start to run it slowly on a CPU"
+        )
