@@ -37,6 +37,7 @@ _LOG2E = math.log2(math.e)
 # A CPU core's cache holds two tiles of 2^18 numbers (1 MiB of float32); a GPU wants large launches.
 _TILE_SIDE = {"cpu": 256, "cuda": 1024}
 _TILE_NUMBERS = {"cpu": 2**18, "cuda": 2**24}
+_MANY_TILES = 16  # a side: from here on tiles twice as wide, for calls cost more than caches save
 
 
 class _Options(NamedTuple):
@@ -250,7 +251,8 @@ class _Tile(NamedTuple):
 def _tiles(like: Tensor) -> Iterator[_Tile]:
     """The tiles on and above the diagonal for ``like`` (B, any, N). They share their scratch."""
     b, _, n = like.shape
-    side = min(n, _TILE_SIDE.get(like.device.type, 1024))
+    side = _TILE_SIDE.get(like.device.type, 1024)
+    side = min(n, 2 * side if n > _MANY_TILES * side else side)
     images = min(b, max(1, _TILE_NUMBERS.get(like.device.type, 2**24) // side**2))
     buffers = [like.new_empty(images * side * side) for _ in range(2)]
     sides = _slices(n, side)
