@@ -16,7 +16,7 @@ OBJECTIVES = [
     ("kernel_alignment", "exclude"),
     ("regression", "exclude"),
 ]
-GRIDS = [(1, 1), (1, 2), (5, 7), (4, 8), (3, 11)]  # of tiles of side 8: uneven, even and one
+GRIDS = [(1, 1), (1, 2), (5, 7), (4, 8), (3, 11), (9, 16)]  # of tiles of 8 and, the last, of 16
 
 
 @pytest.fixture
