@@ -31,37 +31,42 @@ KERNELS = {
     "gradient": ("gradient_kernel", {}),
     "products": ("products_kernel", {}),
 }
-_TYPES = {"hi": "*fp16", "lo": "*fp16", "n": "i32", "d": "i32"} | dict.fromkeys(
-    ["amplitude", "drop_e", "drop_f"], "fp32"
+_TYPES = {"hi": "*fp16", "lo": "*fp16", "n": "i32"} | dict.fromkeys(
+    ["rate", "amplitude", "drop_e", "drop_f"], "fp32"
 )
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
-def compile_kernel(name: str, width: int, capability: int) -> tuple[bytes, int]:
+def compile_kernel(
+    name: str, width: int, capability: int, aligned: bool = True
+) -> tuple[bytes, int]:
     """The binary of a kernel at its tile's constants, and its bytes of shared memory.
 
-    Sizes and addresses count as multiples of 16, the usual case.
+    Addresses count as multiples of 16 bytes, which PyTorch's are; ``aligned`` says whether
+    the number of pixels is a multiple of 16, too.
     """
     kernel, constants = getattr(triton_kernels, KERNELS[name][0]), KERNELS[name][1]
     side, stages = tile(width, divmod(capability, 10))
     constants = {**constants, "SIDE": side, "WIDTH": width, "STAGES": stages}
     places = {argument: i for i, argument in enumerate(kernel.arg_names)}
     signature = {a: "constexpr" if a in constants else _TYPES.get(a, "*fp32") for a in places}
-    aligned = [a for a, t in signature.items() if t.startswith("*") or t == "i32"]
+    sixteens = [a for a, t in signature.items() if t[0] == "*" or (aligned and t == "i32")]
     source = ASTSource(
         kernel,
         signature,
         constexprs={(places[a],): value for a, value in constants.items()},
-        attrs={(places[a],): [["tt.divisibility", 16]] for a in aligned},
+        attrs={(places[a],): [["tt.divisibility", 16]] for a in sixteens},
     )
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options=OPTIONS)
     return compiled.asm["cubin"], compiled.metadata.shared
 
 
-def resources(name: str, width: int, capability: int) -> dict[str, int | float | str]:
+def resources(
+    name: str, width: int, capability: int, aligned: bool = True
+) -> dict[str, int | float | str | bool]:
     """Registers a thread, bytes spilled, shared memory, and instructions a pair of the loop."""
-    binary, shared = compile_kernel(name, width, capability)
+    binary, shared = compile_kernel(name, width, capability, aligned)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(binary)
@@ -77,6 +82,7 @@ def resources(name: str, width: int, capability: int) -> dict[str, int | float |
         "kernel": name,
         "width": width,
         "capability": capability,
+        "N of 16": aligned,
         "tile": f"{side} x {side}",
         "registers": int(found[1]),
         "stack bytes": int(found[2]),
@@ -117,8 +123,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
     rows = [
-        resources(name, width, capability)
+        resources(name, width, capability, aligned)
         for capability in arguments.capabilities
+        for aligned in (True, False)
         for name in KERNELS
         for width in arguments.widths
         if name != "entropy" or width == 16  # it has no embedding: always the least width

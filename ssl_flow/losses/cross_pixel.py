@@ -37,6 +37,7 @@ class CrossPixelFlowLoss(torch.nn.Module):
         backend: ``"triton"`` (fused kernels, CUDA, float32 and half precision, up to 256
             channels), ``"chunked"`` (any device), both with memory O(N); ``"reference"`` (dense,
             to compare with); ``"auto"`` is ``"triton"`` wherever that runs, else ``"chunked"``.
+            First derivatives only, but for ``"reference"``.
 
     Raises:
         ModuleNotFoundError: for ``backend="triton"`` where that package isn't installed.
@@ -157,7 +158,7 @@ class CrossPixelFlowLoss(torch.nn.Module):
     def target_entropy(self, flow: Tensor, weight: Tensor | None = None) -> Tensor:
         """Entropy of the target, (B,): the cross-entropy less this is a divergence >= 0, to watch.
 
-        Shapes, NaN and errors as for :meth:`per_image`; memory O(N) with ``backend="chunked"``.
+        Shapes, NaN and errors as for :meth:`per_image`; memory as that of the loss.
 
         Raises:
             ValueError: also if the objective isn't cross-entropy, which alone has a target of
@@ -231,6 +232,8 @@ def _triton_backend() -> ModuleType:
     try:
         from ssl_flow.losses import triton_pairwise
     except ModuleNotFoundError as error:
+        if error.name and error.name.partition(".")[0] not in ("triton", "ssl_flow"):
+            raise
         raise ModuleNotFoundError(
             "backend='triton' needs the package triton, which comes with PyTorch's CUDA builds: "
             "pip install triton, or use backend='chunked'"

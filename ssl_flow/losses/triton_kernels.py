@@ -22,11 +22,10 @@ import triton.language as tl
 
 
 @triton.jit
-def _load_operand(hi, lo, pixel, n, d, WIDTH: tl.constexpr):
-    """Rows ``pixel`` of the two halves of an (n, d) matrix, zeros beyond its ends."""
-    k = tl.arange(0, WIDTH)
-    offset = pixel[:, None] * d + k[None, :]
-    inside = (pixel < n)[:, None] & (k < d)[None, :]
+def _load_operand(hi, lo, pixel, n, WIDTH: tl.constexpr):
+    """Rows ``pixel`` of the two halves of an (n, WIDTH) matrix, zeros beyond its end."""
+    offset = pixel[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    inside = (pixel < n)[:, None]
     return tl.load(hi + offset, inside, 0.0), tl.load(lo + offset, inside, 0.0)
 
 
@@ -43,11 +42,11 @@ def _other_tile(own, i, tiles):
 
 
 @triton.jit
-def _gaussian(x_u, y_u, x_v, y_v):
-    """From differences of components: squares and products would lose small distances."""
+def _gaussian(x_u, y_u, x_v, y_v, rate):
+    """From differences, and scaled after: else a motion common to all pixels would cost digits."""
     dx = x_u[:, None] - x_v[None, :]
     dy = y_u[:, None] - y_v[None, :]
-    return tl.exp2(-(dx * dx + dy * dy))
+    return tl.exp2((dx * dx + dy * dy) * -rate)
 
 
 @triton.jit
@@ -59,20 +58,23 @@ def _split(matrix):
 
 @triton.jit
 def _add_product(total, matrix, hi, lo):
-    """``total + matrix (hi + lo)``."""
+    """``total + matrix (hi + lo)``.
+
+    Tensor cores truncate as they add up, so they get one tile each; the tiles are added in float32.
+    """
     matrix_hi, matrix_lo = _split(matrix)
-    total = tl.dot(matrix_lo, hi, total)
-    total = tl.dot(matrix_hi, lo, total)
-    return tl.dot(matrix_hi, hi, total)
+    product = tl.dot(matrix_lo, hi)
+    product = tl.dot(matrix_hi, lo, product)
+    return total + tl.dot(matrix_hi, hi, product)
 
 
 @triton.jit
-def _exponents(hi_u, lo_u, x_u, y_u, hi_v, lo_v, x_v, y_v, amplitude):
+def _exponents(hi_u, lo_u, x_u, y_u, hi_v, lo_v, x_v, y_v, rate, amplitude):
     """Powers of two of the two kernels, (rows, columns)."""
     e = tl.dot(lo_u, tl.trans(hi_v))
     e = tl.dot(hi_u, tl.trans(lo_v), e)
     e = tl.dot(hi_u, tl.trans(hi_v), e)
-    f = amplitude * _gaussian(x_u, y_u, x_v, y_v) - 0.5 * amplitude
+    f = amplitude * _gaussian(x_u, y_u, x_v, y_v, rate) - 0.5 * amplitude
     return e, f
 
 
@@ -91,13 +93,13 @@ def _row_sums(e, f, w_v, ENTROPY: tl.constexpr):
 
 @triton.jit
 def sums_kernel(
-    hi,  # (B, n, d) float16, with lo: ê sqrt(s log2(e) / tau_e)
+    hi,  # (B, n, WIDTH) float16, with lo: ê sqrt(s log2(e) / tau_e), then zeros
     lo,
-    points,  # (B, 2, n): flow sqrt(log2(e) / 2) / sigma
+    points,  # (B, 2, n): flow
     weight,  # (B, n)
     sums,  # out, (B, 3, n)
     n,
-    d,
+    rate,  # log2(e) / (2 sigma^2)
     amplitude,  # log2(e) / tau_f
     drop_e,  # what self pairs lose in the exponent
     drop_f,
@@ -108,23 +110,23 @@ def sums_kernel(
 ):
     """``z``, ``y`` and the cross term ``sum_v m w_v F_uv log2(E_uv)`` of each row."""
     own, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    hi, lo, points = hi + image * n * d, lo + image * n * d, points + image * 2 * n
-    weight, sums = weight + image * n, sums + image * 3 * n
+    hi, lo = hi + image * n * WIDTH, lo + image * n * WIDTH
+    points, weight, sums = points + image * 2 * n, weight + image * n, sums + image * 3 * n
     u = own * SIDE + tl.arange(0, SIDE)
-    hi_u, lo_u = _load_operand(hi, lo, u, n, d, WIDTH)
+    hi_u, lo_u = _load_operand(hi, lo, u, n, WIDTH)
     x_u, y_u = _load_flow(points, u, n)
     w_u = tl.load(weight + u, u < n, 0.0)
-    e, f = _exponents(hi_u, lo_u, x_u, y_u, hi_u, lo_u, x_u, y_u, amplitude)
+    e, f = _exponents(hi_u, lo_u, x_u, y_u, hi_u, lo_u, x_u, y_u, rate, amplitude)
     self_pair = u[:, None] == u[None, :]
     e, f = tl.where(self_pair, e - drop_e, e), tl.where(self_pair, f - drop_f, f)
     z, y, cross = _row_sums(e, f, w_u, ENTROPY)
     tiles = tl.cdiv(n, SIDE)
     for i in tl.range(1, tiles, num_stages=STAGES):
         v = _other_tile(own, i, tiles) * SIDE + tl.arange(0, SIDE)
-        hi_v, lo_v = _load_operand(hi, lo, v, n, d, WIDTH)
+        hi_v, lo_v = _load_operand(hi, lo, v, n, WIDTH)
         x_v, y_v = _load_flow(points, v, n)
         w_v = tl.load(weight + v, v < n, 0.0)
-        e, f = _exponents(hi_u, lo_u, x_u, y_u, hi_v, lo_v, x_v, y_v, amplitude)
+        e, f = _exponents(hi_u, lo_u, x_u, y_u, hi_v, lo_v, x_v, y_v, rate, amplitude)
         more_z, more_y, more_cross = _row_sums(e, f, w_v, ENTROPY)
         z, y, cross = z + more_z, y + more_y, cross + more_cross
     tl.store(sums + u, z, u < n)
@@ -147,9 +149,9 @@ def gradient_kernel(
     points,
     factors,  # (B, 3, n): w, lifted w / z and w / y
     finish,  # (B,): what the whole image's gradient is multiplied by
-    gradient,  # out, (B, n, d)
+    gradient,  # out, (B, n, WIDTH)
     n,
-    d,
+    rate,
     amplitude,
     drop_e,
     drop_f,
@@ -159,15 +161,16 @@ def gradient_kernel(
 ):
     """The gradient in ê: what each row's pixel is drawn by, from all columns."""
     own, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    hi, lo, points = hi + image * n * d, lo + image * n * d, points + image * 2 * n
-    factors, gradient = factors + image * 3 * n, gradient + image * n * d
+    hi, lo = hi + image * n * WIDTH, lo + image * n * WIDTH
+    points, factors = points + image * 2 * n, factors + image * 3 * n
+    gradient += image * n * WIDTH
     u = own * SIDE + tl.arange(0, SIDE)
-    hi_u, lo_u = _load_operand(hi, lo, u, n, d, WIDTH)
+    hi_u, lo_u = _load_operand(hi, lo, u, n, WIDTH)
     x_u, y_u = _load_flow(points, u, n)
     w_u = tl.load(factors + u, u < n, 0.0)
     a_u = tl.load(factors + n + u, u < n, 0.0)
     b_u = tl.load(factors + 2 * n + u, u < n, 0.0)
-    e, f = _exponents(hi_u, lo_u, x_u, y_u, hi_u, lo_u, x_u, y_u, amplitude)
+    e, f = _exponents(hi_u, lo_u, x_u, y_u, hi_u, lo_u, x_u, y_u, rate, amplitude)
     self_pair = u[:, None] == u[None, :]
     e, f = tl.where(self_pair, e - drop_e, e), tl.where(self_pair, f - drop_f, f)
     pull = _pull(e, f, w_u, a_u, b_u, w_u, a_u, b_u)
@@ -175,68 +178,51 @@ def gradient_kernel(
     tiles = tl.cdiv(n, SIDE)
     for i in tl.range(1, tiles, num_stages=STAGES):
         v = _other_tile(own, i, tiles) * SIDE + tl.arange(0, SIDE)
-        hi_v, lo_v = _load_operand(hi, lo, v, n, d, WIDTH)
+        hi_v, lo_v = _load_operand(hi, lo, v, n, WIDTH)
         x_v, y_v = _load_flow(points, v, n)
         w_v = tl.load(factors + v, v < n, 0.0)
         a_v = tl.load(factors + n + v, v < n, 0.0)
         b_v = tl.load(factors + 2 * n + v, v < n, 0.0)
-        e, f = _exponents(hi_u, lo_u, x_u, y_u, hi_v, lo_v, x_v, y_v, amplitude)
+        e, f = _exponents(hi_u, lo_u, x_u, y_u, hi_v, lo_v, x_v, y_v, rate, amplitude)
         pull = _pull(e, f, w_u, a_u, b_u, w_v, a_v, b_v)
         total = _add_product(total, pull, hi_v, lo_v)
-    k = tl.arange(0, WIDTH)
-    inside = (u < n)[:, None] & (k < d)[None, :]
     total *= tl.load(finish + image)
-    tl.store(gradient + u[:, None] * d + k[None, :], total, inside)
-
-
-@triton.jit
-def _add_row_sums(total, matrix, ones):
-    """``total`` and the row sums of ``matrix`` in each of its columns.
-
-    A sum outside the tensor cores would have another layout, each exponential worked out twice.
-    """
-    hi, lo = _split(matrix)
-    return tl.dot(hi, ones, tl.dot(lo, ones, total))
+    offset = u[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    tl.store(gradient + offset, total, (u < n)[:, None])
 
 
 @triton.jit
 def products_kernel(
-    hi,  # (B, n, d) float16, with lo: ê
+    hi,  # (B, n, WIDTH) float16, with lo: ê, then zeros
     lo,
     points,  # as in sums_kernel
     weight,  # (B, n)
-    product,  # out, (B, n, d): K_f (w ê)
-    squares,  # out, (B, n): row sums of K_f^2 w
+    product,  # out, (B, n, WIDTH): K_f (w ê)
     n,
-    d,
+    rate,
     SIDE: tl.constexpr,
     WIDTH: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The flow kernel times the weighted embedding, and the row sums of its squares."""
+    """The flow kernel times the weighted embedding."""
     own, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    hi, lo, points = hi + image * n * d, lo + image * n * d, points + image * 2 * n
-    weight, squares, product = weight + image * n, squares + image * n, product + image * n * d
+    hi, lo = hi + image * n * WIDTH, lo + image * n * WIDTH
+    points, weight = points + image * 2 * n, weight + image * n
+    product += image * n * WIDTH
     u = own * SIDE + tl.arange(0, SIDE)
-    hi_u, lo_u = _load_operand(hi, lo, u, n, d, WIDTH)
+    hi_u, lo_u = _load_operand(hi, lo, u, n, WIDTH)
     x_u, y_u = _load_flow(points, u, n)
     w_u = tl.load(weight + u, u < n, 0.0)
-    kernel = tl.where(u[:, None] == u[None, :], 0.0, _gaussian(x_u, y_u, x_u, y_u))
-    weighted = kernel * w_u[None, :]
-    total = _add_product(tl.zeros((SIDE, WIDTH), tl.float32), weighted, hi_u, lo_u)
-    ones = tl.full((SIDE, 16), 1.0, tl.float16)
-    square = _add_row_sums(tl.zeros((SIDE, 16), tl.float32), kernel * weighted, ones)
+    self_pair = u[:, None] == u[None, :]
+    kernel = tl.where(self_pair, 0.0, _gaussian(x_u, y_u, x_u, y_u, rate)) * w_u[None, :]
+    total = _add_product(tl.zeros((SIDE, WIDTH), tl.float32), kernel, hi_u, lo_u)
     tiles = tl.cdiv(n, SIDE)
     for i in tl.range(1, tiles, num_stages=STAGES):
         v = _other_tile(own, i, tiles) * SIDE + tl.arange(0, SIDE)
-        hi_v, lo_v = _load_operand(hi, lo, v, n, d, WIDTH)
+        hi_v, lo_v = _load_operand(hi, lo, v, n, WIDTH)
         x_v, y_v = _load_flow(points, v, n)
         w_v = tl.load(weight + v, v < n, 0.0)
-        kernel = _gaussian(x_u, y_u, x_v, y_v)
-        weighted = kernel * w_v[None, :]
-        total = _add_product(total, weighted, hi_v, lo_v)
-        square = _add_row_sums(square, kernel * weighted, ones)
-    k = tl.arange(0, WIDTH)
-    inside = (u < n)[:, None] & (k < d)[None, :]
-    tl.store(product + u[:, None] * d + k[None, :], total, inside)
-    tl.store(squares + u, tl.sum(square, 1) * (1 / 16), u < n)
+        kernel = _gaussian(x_u, y_u, x_v, y_v, rate) * w_v[None, :]
+        total = _add_product(total, kernel, hi_v, lo_v)
+    offset = u[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    tl.store(product + offset, total, (u < n)[:, None])

@@ -21,6 +21,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
@@ -29,8 +30,7 @@ from ssl_flow.losses import chunked
 from ssl_flow.losses.chunked import row_coefficients
 from ssl_flow.losses.triton_kernels import gradient_kernel, products_kernel, sums_kernel
 
-MAX_CHANNELS = 256
-_Context = Any  # autograd's: it takes any attribute
+_Context = Any  # autograd's contexts have no type that knows what was saved in them
 _LOG2E = math.log2(math.e)
 _DROP = 1e4  # taken from an exponent, leaves 2^-10000 = 0
 _LIFT = 2.0**13  # brings weights of 1/N into the middle of float16's range, and 2 not out of it
@@ -40,6 +40,7 @@ _LIFT = 2.0**13  # brings weights of 1/N into the middle of float16's range, and
 _TILES = {16: (64, 2), 32: (64, 2), 64: (64, 2), 128: (32, 2), 256: (16, 1)}
 _HOPPER_TILES = _TILES | {128: (64, 2)}  # its tensor cores read operands from shared memory
 WIDTHS = tuple(_TILES)
+MAX_CHANNELS = max(WIDTHS)
 # Without fused multiply-adds the loops have a fifth more instructions.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
@@ -105,9 +106,8 @@ def _cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss (B,) and, for the backward pass, z and y (B, N)."""
     hi, lo = _halves(e * (scale * (_LOG2E / embedding_temperature)).sqrt())
-    points = _points(flow, flow_sigma)
     drops = _drops(embedding_temperature, flow_temperature, exclude)
-    z, y, cross = _launch_sums(hi, lo, points, weight, flow_temperature, drops, entropy=False)
+    z, y, cross = _launch_sums(hi, lo, flow, weight, flow_sigma, flow_temperature, drops)
     valid, coefficient = row_coefficients(weight)
     z, y = torch.where(valid, z, 1), torch.where(valid, y, 1)
     return (coefficient * (z.log() - cross / y / _LOG2E)).sum(-1), z, y
@@ -115,7 +115,7 @@ def _cross_entropy(
 
 @_cross_entropy.register_fake
 def _(e: Tensor, scale: Tensor, flow: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, ...]:
-    return e.new_empty(e.shape[0]), torch.empty_like(weight), torch.empty_like(weight)
+    return e.new_empty(e.shape[0]), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
 @torch.library.custom_op("ssl_flow::cross_entropy_gradient", mutates_args=())
@@ -135,7 +135,6 @@ def _cross_entropy_gradient(
     """The gradient in e, (B, N, D)."""
     root = (scale * (_LOG2E / embedding_temperature)).sqrt()
     hi, lo = _halves(e * root)
-    points = _points(flow, flow_sigma)
     drops = _drops(embedding_temperature, flow_temperature, exclude)
     valid, _ = row_coefficients(weight)
     # Weights between 0 and _LIFT whatever their unit is, as float16 products need them.
@@ -144,17 +143,16 @@ def _cross_entropy_gradient(
     factors = torch.stack([weight, lifted / z, lifted / y], 1)
     mean = torch.where(valid, largest / _LIFT / weight.sum(-1, keepdim=True), 0)[:, 0]
     finish = grad * mean * (scale / embedding_temperature / root)
-    gradient = torch.empty_like(e)
-    _launch(
-        gradient_kernel, e, hi, lo, points, factors, finish, gradient, *e.shape[1:],
-        _LOG2E / flow_temperature, *drops,
-    )  # fmt: skip
-    return gradient
+    gradient = e.new_empty(hi.shape)
+    tensors = (_columns(flow), factors, finish, gradient)
+    numbers = (e.shape[1], _rate(flow_sigma), _LOG2E / flow_temperature, *drops)
+    _launch(gradient_kernel, hi, lo, *tensors, *numbers)
+    return gradient[..., : e.shape[2]].contiguous()
 
 
 @_cross_entropy_gradient.register_fake
 def _(grad: Tensor, e: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(e)
+    return e.new_empty(e.shape)
 
 
 def _save_for_gradient(ctx: _Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -162,6 +160,7 @@ def _save_for_gradient(ctx: _Context, inputs: tuple[Any, ...], output: tuple[Ten
     ctx.save_for_backward(*inputs[:4], z, y)
     ctx.options = inputs[4:]
     ctx.mark_non_differentiable(z, y)
+    ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: _Context, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -181,11 +180,10 @@ _cross_entropy.register_autograd(_gradients, setup_context=_save_for_gradient)
 def _target_entropy(
     flow: Tensor, weight: Tensor, flow_sigma: float, flow_temperature: float, exclude: bool
 ) -> Tensor:
-    points = _points(flow, flow_sigma)
-    unused = flow.new_zeros(*weight.shape, 1, dtype=torch.float16)
+    unused = flow.new_zeros(*weight.shape, min(WIDTHS), dtype=torch.float16)
     drops = _drops(1.0, flow_temperature, exclude)
     _, y, cross = _launch_sums(
-        unused, unused, points, weight, flow_temperature, drops, entropy=True
+        unused, unused, flow, weight, flow_sigma, flow_temperature, drops, entropy=True
     )
     valid, coefficient = row_coefficients(weight)
     y = torch.where(valid, y, 1)
@@ -201,31 +199,41 @@ def _(flow: Tensor, *_: object) -> Tensor:
 def _gaussian_products(
     e: Tensor, flow: Tensor, weight: Tensor, flow_sigma: float
 ) -> tuple[Tensor, Tensor]:
-    hi, lo = _halves(e)
     largest = weight.amax(-1, keepdim=True)
     largest = torch.where(largest == 0, 1, largest) / _LIFT
-    product, squares = torch.empty_like(e), torch.empty_like(weight)
-    _launch(
-        products_kernel, e, hi, lo, _points(flow, flow_sigma), weight / largest, product, squares,
-        *e.shape[1:],
-    )  # fmt: skip
-    return product * largest[..., None], (squares * largest * weight).sum(-1)
+    points, lifted = _columns(flow), (weight / largest).contiguous()
+    # A Gaussian's square is a Gaussian of twice the rate.
+    ones = e.new_ones(*weight.shape, 1)
+    results = []
+    for x, rate in ((e, _rate(flow_sigma)), (ones, 2 * _rate(flow_sigma))):
+        hi, lo = _halves(x)
+        product = x.new_empty(hi.shape)
+        _launch(products_kernel, hi, lo, points, lifted, product, x.shape[1], rate)
+        results.append(product[..., : x.shape[2]] * largest[..., None])
+    return results[0].contiguous(), (results[1][..., 0] * weight).sum(-1)
 
 
 @_gaussian_products.register_fake
 def _(e: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(e), e.new_empty(e.shape[0])
+    return e.new_empty(e.shape), e.new_empty(e.shape[0])
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    """float16 and what its rounding lost, in float16."""
+    """(B, N, D) -> twice (B, N, width): float16 and what its rounding lost, zeros beyond D."""
     hi = x.half()
-    return hi, (x - hi).half()
+    lo = (x - hi).half()
+    missing = max(16, triton.next_power_of_2(x.shape[-1])) - x.shape[-1]
+    return F.pad(hi, (0, missing)).contiguous(), F.pad(lo, (0, missing)).contiguous()
 
 
-def _points(flow: Tensor, sigma: float) -> Tensor:
-    """(B, N, 2) -> (B, 2, N), in units that make the Gaussian ``2^-|difference|^2``."""
-    return (flow * (math.sqrt(_LOG2E / 2) / sigma)).transpose(1, 2).contiguous()
+def _columns(flow: Tensor) -> Tensor:
+    """(B, N, 2) -> (B, 2, N)."""
+    return flow.transpose(1, 2).contiguous()
+
+
+def _rate(sigma: float) -> float:
+    """Of the Gaussian as a power of two: ``2^(-rate |difference|^2)``."""
+    return _LOG2E / (2 * sigma**2)
 
 
 def _drops(
@@ -240,33 +248,36 @@ def _drops(
 def _launch_sums(
     hi: Tensor,
     lo: Tensor,
-    points: Tensor,
+    flow: Tensor,
     weight: Tensor,
+    flow_sigma: float,
     flow_temperature: float,
     drops: tuple[float, float],
     *,
-    entropy: bool,
+    entropy: bool = False,
 ) -> tuple[Tensor, ...]:
     b, n = weight.shape
     sums = weight.new_empty(b, 3, n)
-    _launch(
-        sums_kernel, hi, hi, lo, points, weight.contiguous(), sums, *hi.shape[1:],
-        _LOG2E / flow_temperature, *drops, ENTROPY=entropy,
-    )  # fmt: skip
+    tensors = (_columns(flow), weight.contiguous(), sums)
+    numbers = (n, _rate(flow_sigma), _LOG2E / flow_temperature, *drops)
+    _launch(sums_kernel, hi, lo, *tensors, *numbers, ENTROPY=entropy)
     return sums.unbind(1)
 
 
 def _launch(
-    kernel: triton.JITFunction, like: Tensor, *arguments: Tensor | int | float, **constants: bool
+    kernel: triton.JITFunction,
+    hi: Tensor,
+    lo: Tensor,
+    *arguments: Tensor | int | float,
+    **constants: bool,
 ) -> None:
-    """Run a kernel over the tiles of each image of ``like`` (B, N, D)."""
-    b, n, d = like.shape
-    width = max(16, triton.next_power_of_2(d))
-    capability = torch.cuda.get_device_capability(like.device) if like.is_cuda else (0, 0)
+    """Run a kernel over the tiles of each image; ``hi``, ``lo`` (B, N, width)."""
+    b, n, width = hi.shape
+    capability = torch.cuda.get_device_capability(hi.device) if hi.is_cuda else (0, 0)
     side, stages = tile(width, capability)
-    with torch.cuda.device_of(like):
+    with torch.cuda.device_of(hi):
         kernel[(triton.cdiv(n, side), b)](
-            *arguments, SIDE=side, WIDTH=width, STAGES=stages, **constants, **OPTIONS
+            hi, lo, *arguments, SIDE=side, WIDTH=width, STAGES=stages, **constants, **OPTIONS
         )
 
 
@@ -287,7 +298,16 @@ def _check(x: Tensor) -> None:
             f"backend='triton' takes embeddings of at most {MAX_CHANNELS} channels, found "
             f"{x.shape[-1]}: use backend='chunked'"
         )
-    if x.device.type != "cuda" and not isinstance(sums_kernel, InterpretedFunction):
+    if isinstance(sums_kernel, InterpretedFunction):
+        return
+    if x.is_cuda and (
+        torch.version.cuda is None or torch.cuda.get_device_capability(x.device) < (8, 0)
+    ):
+        raise ValueError(
+            "backend='triton' needs an NVIDIA GPU of compute capability 8.0 or above, found "
+            f"{torch.cuda.get_device_name(x.device)}: use backend='chunked'"
+        )
+    if not x.is_cuda:
         raise ValueError(
             f"backend='triton' runs on CUDA devices, found {x.device}: use backend='chunked', or "
             "set TRITON_INTERPRET=1 before the start to run it slowly on a CPU"

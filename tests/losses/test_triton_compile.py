@@ -25,10 +25,10 @@ def rows():
 
 
 def test_every_kernel_compiles_for_both_generations(rows):
-    found = {(r["kernel"], r["width"], r["capability"]) for r in rows}
+    found = {(r["kernel"], r["width"], r["capability"], r["N of 16"]) for r in rows}
     expected = {(k, w) for k in ("sums", "gradient", "products") for w in WIDTHS}
     expected.add(("entropy", 16))
-    assert found == {(*e, c) for e in expected for c in (80, 90)}
+    assert found == {(*e, c, a) for e in expected for c in (80, 90) for a in (True, False)}
 
 
 def test_registers_and_shared_memory_suffice(rows):
