@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one command and under 9 minutes:
+# Everything that wants a GPU, in one command, or in parts of less than 7 minutes each:
 #
 #     [OUT=benchmarks/results] [STORE=flow_store] [PYTHON=python3] bash benchmarks/gpu.sh
+#     bash benchmarks/gpu.sh tests speed          # parts: tests speed sanitizer training
 #
 # Tests, the pairwise benchmark with the GPU's floor and the loss's share of a training step,
 # compute-sanitizer over the loss, and, with STORE (written by `ssl-flow flow`), a short pretraining.
@@ -112,25 +113,42 @@ Path(sys.argv[2]).write_text(json.dumps(result, indent=1) + "\n")
 print({key: value for key, value in result.items() if key not in ("config", "lines")})
 PYTHON_SCRIPT
 
-step "environment" 20 "$python" "$scratch/environment.py"
-step "tests of the losses" 90 "$python" -m pytest tests/losses -k "triton or gpu"
-step "pairwise benchmark, floor, share of a step" 205 \
-    "$python" benchmarks/pairwise.py --device cuda --seconds 0.5 --timeout 70 --out "$out"
-step "values of the benchmark's methods" 40 "$python" -m pytest -m gpu tests/benchmarks
+parts=" ${*:-tests speed sanitizer training} "
+wants() { [[ $parts == *" $1 "* ]]; }
 
+step "environment" 20 "$python" "$scratch/environment.py"
+if wants tests; then
+    # Not the ahead-of-time compilation: it needs no GPU and knows one version of Triton.
+    step "tests of the losses" 180 "$python" -m pytest tests/losses -k "(triton or gpu) and not test_triton_compile"
+    step "tests of the flow methods" 60 "$python" -m pytest -m gpu tests/flow
+    step "values of the benchmark's methods" 60 "$python" -m pytest -m gpu tests/benchmarks
+fi
+if wants speed; then
+    pairwise=("$python" benchmarks/pairwise.py --device cuda --seconds 0.5 --out "$out")
+    step "pairwise benchmark, floor, share of a step" 220 "${pairwise[@]}" --timeout 70
+    # The rivals at their fastest: products in TensorFloat-32, embeddings in bfloat16.
+    few=(--grid 32x3136 --methods triton flex compiled dense --timeout 40)
+    step "pairwise benchmark, tf32" 70 "${pairwise[@]}" "${few[@]}" --tf32
+    step "pairwise benchmark, bfloat16" 70 "${pairwise[@]}" "${few[@]}" --dtype bfloat16
+    step "flow in batches" 60 "$python" benchmarks/flow_accuracy.py --device cuda --json "$out/gpu_flow.json"
+fi
 sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
-if [ -x "$sanitizer" ]; then
+if ! wants sanitizer; then
+    :
+elif [ -x "$sanitizer" ]; then
     step "loss without sanitizer" 20 "$python" "$scratch/loss.py" # compiles and caches the kernels
     for tool in memcheck racecheck initcheck; do
         # Without torch's cache each tensor is an allocation of its own, whose ends are watched.
-        step "$tool" 28 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" \
+        step "$tool" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" \
             --error-exitcode 1 --print-limit 20 "$python" "$scratch/loss.py"
     done
 else
     skip "memcheck, racecheck, initcheck" "no compute-sanitizer"
 fi
 
-if [ ! -d "${STORE:-}" ]; then
+if ! wants training; then
+    :
+elif [ ! -d "${STORE:-}" ]; then
     skip "pretraining" "STORE names no folder"
 elif ! why=$("$python" -c 'import tyro, ssl_flow.training.loop' 2>&1); then
     skip "pretraining" "$(tail -n 1 <<<"$why")"

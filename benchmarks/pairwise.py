@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from pairwise_methods import METHODS, Job
 
 from ssl_flow.losses.cross_pixel import OBJECTIVES
@@ -105,6 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     parts = ["pairwise", re.sub(r"\W+", "_", name).lower()]
     parts += [args.dtype] * (args.dtype != "float32")
     parts += [args.objective] * (args.objective != "cross_entropy")
+    parts += ["tf32"] * args.tf32 + [f"d{args.dim}"] * (args.dim != 16)
     args.out.mkdir(parents=True, exist_ok=True)
     base = args.out / "_".join(parts)
     content = {
@@ -285,7 +285,8 @@ def table(args: argparse.Namespace, content: dict[str, Any]) -> str:
     lines = [
         "# Time and memory of the cross-pixel loss",
         "",
-        f"Forward and backward of {args.objective}, D = {args.dim}, {args.dtype} embeddings. ms:",
+        f"Forward and backward of {args.objective}, D = {args.dim}, {args.dtype} embeddings"
+        + (", matrix products of float32 in TensorFloat-32. ms:" if args.tf32 else ". ms:"),
         f"median over {args.rounds} round(s), each the median of its steps. Extra MiB: how much a",
         "step raises the peak of memory, its gradient included.",
         "",
@@ -331,7 +332,12 @@ def format_number(value: float | str) -> str:
 
 
 def plot(content: dict[str, Any], path: Path) -> None:
-    """Draw time an image against N, both logarithmic, a line a method."""
+    """Draw time an image against N, both logarithmic, a line a method; not without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no plot: matplotlib is missing", file=sys.stderr)
+        return
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.subplots()
     for method in METHODS:

@@ -78,6 +78,22 @@ def available_loss() -> CrossPixelFlowLoss:
         return CrossPixelFlowLoss(backend="chunked")
 
 
+def seconds_in_a_graph(dim: int, images: int = 32, side: int = 56) -> float:
+    """Seconds of the loss, forward + backward, replayed as a CUDA graph: without launch gaps."""
+    loss = available_loss()
+    embedding = torch.randn(images, dim, side, side, device="cuda", requires_grad=True)
+    flow = torch.randn(images, 2, side, side, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            torch.autograd.grad(loss(embedding, flow), embedding)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.autograd.grad(loss(embedding, flow), embedding)
+    return time_steps(graph.replay, SECONDS, "cuda")
+
+
 def training_step(dim: int) -> dict[str, float | str]:
     """Seconds of a step with the loss, with a trivial one in its place, and of the loss alone.
 
@@ -88,6 +104,7 @@ def training_step(dim: int) -> dict[str, float | str]:
     """
     from ssl_flow.models import create_encoder
 
+    torch.backends.cudnn.benchmark = True
     encoder = create_encoder("resnet50", embedding_dim=dim).cuda().train()
     encoder.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(encoder.parameters(), fused=True)
@@ -132,9 +149,12 @@ def main() -> None:
     parts: list[Callable[[], dict[str, float | str]]] = [
         lambda: {"exponentials_per_second": exponentials_per_second()},
         lambda: {"tensor_flops_per_second": tensor_flops_per_second(getattr(torch, args.dtype))},
+        lambda: {"loss_seconds_in_a_graph_32_x_3136": seconds_in_a_graph(args.dim)},
         lambda: training_step(args.dim),
     ]
-    for name, part in zip(("exponentials", "tensor cores", "training step"), parts, strict=True):
+    for name, part in zip(
+        ("exponentials", "tensor cores", "graph", "training step"), parts, strict=True
+    ):
         try:
             report(part())
         except (ImportError, RuntimeError, ValueError) as error:

@@ -34,14 +34,15 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 SCALE, TAU_E, TAU_F, SIGMA = 1.0, 0.1, 0.1, 0.5
 
 OWN = ("triton", "chunked", "reference")  # back ends of CrossPixelFlowLoss: any objective
+# In the order in which they are measured: where time is short, the last ones are left out.
 METHODS = {
     "triton": "this library's GPU kernel",
+    "flex": "two FlexAttention calls, compiled: log-sum-exp of ê ê^T; Gaussian scores, value ê",
+    "compiled": "torch.compile of dense, in its default mode",
+    "dense": "N x N matrices in eager PyTorch, written to be fast",
+    "keops": "two KeOps reductions",
     "chunked": "this library's tiles, in plain PyTorch",
     "reference": "this library's definition: the formulas with N x N matrices",
-    "dense": "N x N matrices in eager PyTorch, written to be fast",
-    "compiled": "torch.compile of dense",
-    "flex": "two FlexAttention calls, compiled: log-sum-exp of ê ê^T; Gaussian scores, value ê",
-    "keops": "two KeOps reductions",
 }
 
 # Peak memory of a step, in B x N x N matrices of float32: 7.3, 4.1 and 3.1 were measured on a CPU.
@@ -185,6 +186,8 @@ def work(job: Job) -> None:
         report({"unavailable": first_line(error)})
         return
     for images, pixels in job.points:
+        if job.device == "cuda":
+            torch.cuda.empty_cache()
         report({"images": images, "pixels": pixels} | measure(loss, images, pixels, job))
 
 
