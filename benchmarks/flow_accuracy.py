@@ -1,9 +1,12 @@
-"""Endpoint error and time of each flow method on the Middlebury pairs.
+"""Endpoint error and time of each flow method: Middlebury pairs, large motion, batches on a GPU.
 
     python benchmarks/flow_accuracy.py DATA/flow [--json FILE] > benchmarks/results/flow_accuracy.md
+    python benchmarks/flow_accuracy.py [DATA/flow] --device cuda [--json FILE]
 
 DATA/flow/middlebury/NAME/ holds frame10.png, frame11.png and flow10.png, the true flow in KITTI's
-encoding (16-bit PNG: u * 64 + 32768, v * 64 + 32768, known).
+encoding (16-bit PNG: u * 64 + 32768, v * 64 + 32768, known). Pairs with large motion are made from
+DATA/davis/frames and DATA/davis/masks, where those are. With another device than "cpu" the methods
+that run there are measured in batches of 64 pairs of 256 x 256 pixels, which needs no data.
 """
 
 from __future__ import annotations
@@ -15,29 +18,50 @@ import platform
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 
-from ssl_flow.flow import optical_flow
+from ssl_flow.flow import optical_flows
+from ssl_flow.flow.opencv import METHODS as OPENCV_METHODS
 
-# OpenCV's own default parameters of TV-L1, where this library's default differs.
-OPENCV_TVL1 = {"warps": 5, "outer_iterations": 10, "inner_iterations": 30, "scale_step": 0.8}
-ROWS: dict[str, tuple[str, dict[str, Any]] | None] = {
-    "zero flow": None,
+# Name of the row -> method, options.
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "farneback": ("farneback", {}),
-    "dis, preset=ultrafast": ("dis", {"preset": "ultrafast"}),
-    "dis, preset=fast": ("dis", {"preset": "fast"}),
-    "dis (preset=medium)": ("dis", {}),
+    "dis-ultrafast": ("dis-ultrafast", {}),
+    "dis-fast": ("dis-fast", {}),
+    "dis-medium (dis)": ("dis-medium", {}),
+    "tvl1, warps=1": ("tvl1", {"warps": 1}),
     "tvl1": ("tvl1", {}),
-    "tvl1, OpenCV's parameters": ("tvl1", OPENCV_TVL1),
+    "tvl1, warps=2, scale_step=0.8, scales=30": (
+        "tvl1",
+        {"warps": 2, "scale_step": 0.8, "scales": 30},
+    ),
+    "tvl1, warps=5, iterations=30, scale_step=0.8, scales=30": (
+        "tvl1",
+        {"warps": 5, "iterations": 30, "scale_step": 0.8, "scales": 30},
+    ),
+    "tvl1-opencv": ("tvl1-opencv", {}),
+    "tvl1-opencv, warps=2, outer_iterations=1, inner_iterations=20, scale_step=0.5": (
+        "tvl1-opencv",
+        {"warps": 2, "outer_iterations": 1, "inner_iterations": 20, "scale_step": 0.5},
+    ),
 }
-SIZES = {"native": None, "256": 256}
+MOTIONS = (8, 16, 32)  # pixels, of the objects in the made pairs
 
 
-def read_pair(folder: Path, short_side: int | None) -> tuple[np.ndarray, ...]:
-    """Return both frames (H, W, 3), the true flow (H, W, 2) and where it is known (H, W)."""
+class Pair(NamedTuple):
+    """Two frames (H, W, 3), the true flow (H, W, 2) and where it is known (H, W)."""
+
+    first: np.ndarray
+    second: np.ndarray
+    truth: np.ndarray
+    known: np.ndarray
+
+
+def read_pair(folder: Path, short_side: int | None) -> Pair:
+    """Read a Middlebury pair, reduced to a shorter side of `short_side` pixels."""
     frames = [cv2.imread(str(folder / f"frame{i}.png"))[..., ::-1].copy() for i in (10, 11)]
     code = cv2.imread(str(folder / "flow10.png"), cv2.IMREAD_UNCHANGED)  # read as known, v, u
     known = (code[..., 0] > 0).astype(np.float32)
@@ -51,65 +75,195 @@ def read_pair(folder: Path, short_side: int | None) -> tuple[np.ndarray, ...]:
         flow = cv2.resize(flow, size, interpolation=cv2.INTER_AREA)
         # Shorter vectors in a smaller picture; the mean over the known pixels only.
         flow *= np.float32([size[0] / width, size[1] / height]) / np.maximum(known, 1e-3)[..., None]
-    return frames[0], frames[1], flow, known > 0.5
+    return Pair(*frames, flow, known > 0.5)
 
 
-def measure(row: str, folder: Path, short_side: int | None) -> tuple[float, float]:
+def large_motion(davis: Path, motion: float, count: int = 8) -> list[Pair]:
+    """Make pairs of 480 x 270 pixels: a DAVIS object moves by `motion`, what is behind by half.
+
+    Object and background come from different videos. Each moves in a direction of its own, with a
+    turn of about 0.6 degrees and a zoom of about 2 %; both frames get noise of 2 grey levels.
+    """
+    generator = np.random.default_rng(0)
+    videos = sorted(path.name for path in (davis / "frames").iterdir())
+    width, height = size = (480, 270)
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+
+    def read(kind: str, video: str, middle: bool) -> np.ndarray:
+        files = sorted((davis / kind / video).iterdir())
+        image = cv2.imread(str(files[len(files) // 2 if middle else 0]))
+        return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+
+    def random_map(length: float) -> np.ndarray:
+        direction, turn = generator.uniform(0, 2 * np.pi), generator.normal(0, 0.01)
+        zoom = 1 + generator.normal(0, 0.02)
+        centre = np.array([width / 2, height / 2])
+        cos, sin = zoom * np.cos(turn), zoom * np.sin(turn)
+        matrix = np.array([[cos, -sin], [sin, cos]])
+        shift = centre - matrix @ centre
+        shift += length * np.array([np.cos(direction), np.sin(direction)])
+        return np.float32(np.c_[matrix, shift])
+
+    def flow_of(a: np.ndarray) -> np.ndarray:
+        u, v = (a[i, 0] * x + a[i, 1] * y + a[i, 2] for i in (0, 1))
+        return np.stack([u - x, v - y], -1)
+
+    def noisy(image: np.ndarray) -> np.ndarray:
+        image = np.rint(image + generator.normal(0, 2, image.shape))
+        return np.clip(image, 0, 255).astype(np.uint8)[..., ::-1].copy()
+
+    pairs = []
+    for k in range(count):
+        video = videos[k % len(videos)]
+        thing, behind = (
+            read("frames", video, True),
+            read("frames", videos[(k + 3) % len(videos)], False),
+        )
+        mask = (read("masks", video, True).max(-1, keepdims=True) > 0).astype(np.float32)
+        map_behind, map_thing = random_map(motion / 2), random_map(motion)
+        moved_behind = cv2.warpAffine(
+            behind, map_behind, size, flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT
+        )
+        moved_thing = cv2.warpAffine(thing, map_thing, size, flags=cv2.INTER_CUBIC)
+        moved_mask = cv2.warpAffine(mask, map_thing, size, flags=cv2.INTER_LINEAR)[..., None]
+        first = behind * (1 - mask) + thing * mask
+        second = moved_behind * (1 - moved_mask) + moved_thing * moved_mask
+        flow = np.where(mask > 0.5, flow_of(map_thing), flow_of(map_behind))
+        u, v = x + flow[..., 0], y + flow[..., 1]
+        inside = (u >= 0) & (u <= width - 1) & (v >= 0) & (v <= height - 1)
+        pairs.append(Pair(noisy(first), noisy(second), flow, inside))
+    return pairs
+
+
+def measure(row: str | None, pair: Pair, device: str, runs: int = 5) -> tuple[float, float]:
     """Return the mean endpoint error in pixels and the time in milliseconds of one pair."""
-    first, second, truth, known = read_pair(folder, short_side)
-    call = ROWS[row]
-    flow, times = np.zeros_like(truth), []
-    while call is not None and len(times) < 5 and sum(times) < 2000:
-        start = time.thread_time()
-        flow = optical_flow(first, second, call[0], **call[1])
-        times.append(1000 * (time.thread_time() - start))
-    error = np.linalg.norm(flow - truth, axis=-1)[known]
-    return float(error.mean()), statistics.median(times or [0.0])
+    clock = time.thread_time if device == "cpu" else time.perf_counter
+    flow, times = np.zeros_like(pair.truth), []
+    while row is not None and len(times) < runs and sum(times) < 2000:
+        method, options = ROWS[row]
+        start = clock()
+        flow = optical_flows(pair.first[None], pair.second[None], method, device, **options)[0]
+        times.append(1000 * (clock() - start))
+    error = np.linalg.norm(flow - pair.truth, axis=-1)[pair.known]
+    return float(error.mean()), min(times, default=0.0)
+
+
+def throughput(row: str, device: str, batch: int = 64, side: int = 256) -> dict[str, float]:
+    """Return pairs a second of batches, from arrays of bytes to arrays of flow, and the error."""
+    method, options = ROWS[row]
+    noise = np.random.default_rng(0).integers(0, 256, (side + 8, side + 8)).astype(np.float32)
+    image = cv2.normalize(cv2.GaussianBlur(noise, (0, 0), 2), None, 0, 255, cv2.NORM_MINMAX)
+    image = np.rint(image).astype(np.uint8)
+    first = np.repeat(image[None, 4:-4, 4:-4], batch, 0)
+    second = np.repeat(image[None, 2:-6, 1:-7], batch, 0)  # moved by (3, 2)
+    flow = optical_flows(first, second, method, device, **options)  # kernels are compiled here
+    times: list[float] = []
+    while len(times) < 5 or (sum(times) < 2 and len(times) < 50):
+        start = time.perf_counter()
+        flow = optical_flows(first, second, method, device, **options)
+        times.append(time.perf_counter() - start)
+    error = np.linalg.norm(flow - np.float32([3, 2]), axis=-1)[:, 8:-8, 8:-8].mean()
+    return {
+        "pairs a second": batch / statistics.median(times),
+        "best": batch / min(times),
+        "error": float(error),
+    }
 
 
 def main() -> None:
-    """Measure all methods at both sizes and print a table."""
+    """Measure all methods and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path, help="the folder that holds middlebury/")
+    parser.add_argument("data", type=Path, nargs="?", help="the folder that holds middlebury/")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
     parser.add_argument("--json", type=Path, help="also write the numbers of each pair here")
     arguments = parser.parse_args()
-    folders = sorted(path.parent for path in arguments.data.glob("middlebury/*/flow10.png"))
-    if not folders:
-        parser.error(f"no middlebury/*/flow10.png in {arguments.data}")
+    data, device = arguments.data, arguments.device
+    if data is None and device == "cpu":
+        parser.error("the folder of the data is needed, except for batches on another device")
     cv2.setNumThreads(1)
-    results = {
-        row: {
-            size: {folder.name: measure(row, folder, pixels) for folder in folders}
-            for size, pixels in SIZES.items()
-        }
-        for row in ROWS
-    }
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1))
-    print_table(results, [folder.name for folder in folders])
-
-
-def print_table(results: dict[str, Any], names: list[str]) -> None:
-    """Print Markdown: a row a method."""
+    rows = [row for row in ROWS if device == "cpu" or ROWS[row][0] not in OPENCV_METHODS]
     print("# Accuracy and time of the flow methods\n")
+    results: dict[str, Any] = {}
+    if data is not None:
+        results |= accuracy(parser, data, device, rows)
+    if device == "cpu":
+        print("\nCommand: `python benchmarks/flow_accuracy.py DATA/flow`  ")
+    else:
+        results["batches"] = batches(device, rows)
+        print(f"\nCommand: `python benchmarks/flow_accuracy.py --device {device}`  ")
+    print_machine(device)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def accuracy(
+    parser: argparse.ArgumentParser, data: Path, device: str, rows: list[str]
+) -> dict[str, Any]:
+    """Print the tables of errors; return the numbers of each pair."""
+    folders = sorted(path.parent for path in data.glob("middlebury/*/flow10.png"))
+    if not folders:
+        parser.error(f"no middlebury/*/flow10.png in {data}")
+    clock = "CPU time of one thread" if device == "cpu" else f"time of a single pair on {device}"
     print(
-        f"Middlebury pairs: {', '.join(names)}. Error: mean endpoint error of a pair in pixels at"
+        f"Middlebury pairs: {', '.join(folder.name for folder in folders)}. Error: mean endpoint\n"
+        f"error of a pair in pixels at the size named, mean over the pairs. Time: {clock},\n"
+        "smallest of up to 5 runs, median over the pairs.\n"
+        "256: frames and true flow are first reduced to a shorter side of 256 pixels.\n"
     )
-    print(
-        "the size named, mean over the pairs. Time: CPU time of one thread, median over the pairs."
-    )
-    print("256: frames and true flow are first reduced to a shorter side of 256 pixels.\n")
-    print("| method | error, native | ms | error, 256 | ms |\n|---|---|---|---|---|")
-    for row, sizes in results.items():
-        cells = []
-        for size in SIZES:
-            errors, times = zip(*sizes[size].values(), strict=True)
+    sizes = {"native": None, "256": 256}
+    sets = {size: [read_pair(f, short) for f in folders] for size, short in sizes.items()}
+    results = {"middlebury": print_table(sets, ["zero flow", *rows], device)}
+    davis = data.parent / "davis"
+    if (davis / "masks").is_dir():
+        print(
+            "\nLarge motion: 8 pairs of 480 x 270 pixels. An object cut from a DAVIS frame moves\n"
+            "by as many pixels as the column says, the background by half of it; noise of 2 grey\n"
+            "levels. Error over the pixels that stay in the picture.\n"
+        )
+        quick = [row for row in rows if row != "tvl1-opencv"]  # 10 s a pair
+        made = {f"{motion} px": large_motion(davis, motion) for motion in MOTIONS}
+        results["large motion"] = print_table(made, ["zero flow", *quick], device)
+    return results
+
+
+def print_table(sets: dict[str, list[Pair]], rows: list[str], device: str) -> dict[str, Any]:
+    """Measure and print Markdown, a row a method; return [error, ms] of each pair."""
+    print("| method | " + " | ".join(f"error, {name} | ms" for name in sets) + " |")
+    print("|---" * (1 + 2 * len(sets)) + "|")
+    results: dict[str, Any] = {}
+    for row in rows:
+        cells, results[row] = [], {}
+        for name, pairs in sets.items():
+            found = [measure(row if row in ROWS else None, pair, device) for pair in pairs]
+            errors, times = zip(*found, strict=True)
             cells += [f"{statistics.mean(errors):.3f}", f"{statistics.median(times):.1f}"]
-        print(f"| {row} | {' | '.join(cells)} |")
-    print("\nCommand: `python benchmarks/flow_accuracy.py DATA/flow`  ")
+            results[row][name] = found
+        print(f"| {row} | {' | '.join(cells)} |", flush=True)
+    return results
+
+
+def batches(device: str, rows: list[str]) -> dict[str, Any]:
+    """Measure and print pairs a second in batches."""
+    print("\nBatches of 64 pairs of 256 x 256 grey pixels, from arrays of bytes in the computer's")
+    print("memory to arrays of flow there, wall clock; a texture that moves by (3, 2).\n")
+    print("| method | pairs/s, median | best | error |\n|---|---|---|---|")
+    results = {}
+    for row in rows:
+        found = results[row] = throughput(row, device)
+        speed, best, error = found.values()
+        print(f"| {row} | {speed:.0f} | {best:.0f} | {error:.3f} |", flush=True)
+    return results
+
+
+def print_machine(device: str) -> None:
+    """Print date, processor and versions."""
+    import torch
+
     print(f"Date: {datetime.date.today()}  ")
     print(f"CPU: {cpu_model()}  ")
-    versions = f"OpenCV {cv2.__version__}, NumPy {np.__version__}"
+    if device != "cpu":
+        print(f"Device: {torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}  ")
+    versions = f"OpenCV {cv2.__version__}, NumPy {np.__version__}, torch {torch.__version__}"
     print(f"Versions: Python {platform.python_version()}, {versions}")
 
 

@@ -10,6 +10,8 @@ import ssl_flow
 # Name -> module, function, one line of help. Imported only when called: --help stays instant.
 _COMMANDS = {
     "flow": ("ssl_flow.flow.command", "flow_command", "videos -> a store of frames and flow"),
+    "merge-flow": ("ssl_flow.flow.merge", "merge_command", "several stores -> one"),
+    "show flow": ("ssl_flow.flow.show", "show_flow_command", "a store -> a sheet of pictures"),
     "train": ("ssl_flow.training.loop", "train_command", "a store -> an encoder with a score"),
     "eval linear-probe": (
         "ssl_flow.evaluation.probe_command",

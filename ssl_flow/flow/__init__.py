@@ -1,11 +1,11 @@
 """Videos -> optical flow: decoding, flow methods, extraction, and the store on disk.
 
-Needs OpenCV and NumPy only; PyAV, tqdm and torchvision are imported where they are used.
+Needs OpenCV and NumPy only; what else a function needs is imported where it is used.
 """
 
 from .codec import decode_flow, encode_flow
 from .color import flow_to_rgb
-from .estimators import OPTIONS, flow_validity, optical_flow
+from .estimators import OPTIONS, flow_validity, optical_flow, optical_flows
 from .extract import Summary, extract
 from .shard import StoreError
 from .sources import Problem, Source, find_sources
@@ -29,5 +29,6 @@ __all__ = [
     "flow_to_rgb",
     "flow_validity",
     "optical_flow",
+    "optical_flows",
     "read_frames",
 ]

@@ -1,60 +1,175 @@
-"""Flow as a compact image: 16-bit fixed point in 1/16 pixel, as a grey PNG that any tool reads.
+"""Flow as a few kilobytes: 16-bit fixed point, as `q16` (compact) or as `png` (KITTI's encoding).
 
-The paper stores flow as "fixed point 16bit PNG files similar to KITTI" (Mahendran et al., ACCV
-2018, footnote 1). Here u lies above v in one plane, which compresses better than KITTI's three
-channels, and the step is 1/16 instead of 1/64 pixel: half the bytes, and the rounding error (mean
-0.018 px) is still far below the error of the estimators (0.2 px and more).
+`q16` rounds to 1/16 pixel. Its error, 0.018 px on average, is far below that of the estimators
+(0.25 px and more), so finer steps would only store their noise. Flow is smooth: its second
+difference, across and down, is mostly within some steps of zero. Zigzag coding (0, -1, 1, -2, ...)
+makes that small without a sign, so that nearly all high bytes are zero; stored apart from the low
+ones, they cost nothing. Measured on flow of real video: 16 kB a 224x224 pair, against 30 kB with
+differences across only and signed, and 201 kB as float16.
+
+`png` is the paper's own choice ("fixed point 16bit PNG files similar to KITTI", Mahendran et al.,
+ACCV 2018, footnote 1) and what other flow tools read. It is larger and slower.
 """
 
 from __future__ import annotations
+
+import struct
+import zlib
+from types import ModuleType
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-STEP = 1 / 16  # pixels
-_ZERO = 32768
+CODECS = ("q16", "png")
+MAX_PIXELS = 2**25  # of a flow that is decoded; an 8K frame has 33.2 million
+
+_MAGIC, _Q16_VERSION, _STEPS = b"SFQ", 1, 16  # steps per pixel
+_HEADER = struct.Struct("<3sBHHHH")  # magic, version, height, width, steps per pixel, 0
+_CRC = struct.Struct("<I")
+_LEVEL = 3  # of zstd; 9 saves another tenth in five times the time
+
+_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+_KITTI_STEPS, _KITTI_ZERO = 64, 2**15
 
 
-def encode_flow(flow: NDArray[np.float32]) -> bytes:
-    """Encode a flow (H, W, 2) in pixels as a 16-bit grey PNG of 2H x W: u above v.
+def encode_flow(flow: NDArray[np.float32], codec: str = "q16") -> bytes:
+    """Encode a flow (H, W, 2) in pixels.
 
-    A value f is stored as round(16 f) + 32768: the error is at most 1/32 pixel, and values beyond
-    -2048 ... +2047.94 pixels are clipped to that.
+    Args:
+        flow: x right, y down. Values beyond -2048 ... +2047.9375 pixels (`png`: -512 ... +511.98)
+            are stored as those limits.
+        codec: "q16", rounded to 1/16 pixel, or "png", 1/64 pixel, as in the KITTI benchmark.
 
     Raises:
-        ValueError: the shape is not (H, W, 2), or a value is not finite.
+        ValueError: unknown codec, the shape is not (H, W, 2), empty or larger than `MAX_PIXELS`, or
+            a value is not finite.
     """
+    if codec not in CODECS:
+        raise ValueError(f"unknown codec {codec!r}; known: {', '.join(CODECS)}")
     if flow.ndim != 3 or flow.shape[2] != 2:
         raise ValueError(f"flow must be (H, W, 2), got {flow.shape}")
+    _check_size(*flow.shape[:2])
     if not np.isfinite(flow).all():
         raise ValueError("flow has values that are not finite: mask or drop them before encoding")
-    fixed = np.rint(flow * np.float32(1 / STEP)) + _ZERO
-    planes = np.clip(fixed, 0, 65535).astype(np.uint16).transpose(2, 0, 1)  # (2, H, W)
-    grey = planes.reshape(-1, flow.shape[1])  # (2H, W)
-    # Measured on real flow: the RLE strategy makes 22 % smaller files than the default one in the
-    # same time, because little but runs is left once neighbours are subtracted.
-    strategy = [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]
-    return png(grey, [cv2.IMWRITE_PNG_COMPRESSION, 1, *strategy])
+    return _encode_q16(flow) if codec == "q16" else _encode_kitti(flow)
 
 
 def decode_flow(data: bytes) -> NDArray[np.float32]:
-    """Decode what `encode_flow` made: (H, W, 2) float32, pixels.
+    """Decode what `encode_flow` made, recognised by its first bytes: (H, W, 2) float32, pixels.
+
+    Also read are the 16-bit grey PNGs of version-1 stores, and KITTI's own files, where a pixel
+    marked as unknown becomes NaN. Memory is bounded by `MAX_PIXELS` whatever the data say.
 
     Raises:
-        ValueError: `data` is not such a PNG.
+        ValueError: `data` is none of these, or damaged.
     """
-    grey = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
-    if grey is None or grey.dtype != np.uint16 or grey.ndim != 2 or grey.shape[0] % 2:
-        raise ValueError("not an encoded flow: expected a 16-bit grey PNG, u plane above v plane")
-    planes = grey.reshape(2, grey.shape[0] // 2, grey.shape[1]).astype(np.float32)
-    flow = (planes - np.float32(_ZERO)) * np.float32(STEP)
-    return np.ascontiguousarray(flow.transpose(1, 2, 0))
+    if data[: len(_MAGIC)] == _MAGIC:
+        return _decode_q16(data)
+    if data[: len(_PNG_MAGIC)] == _PNG_MAGIC:
+        return _decode_png(data)
+    raise ValueError("not an encoded flow: neither q16 nor a 16-bit PNG")
 
 
 def png(image: NDArray, options: list[int]) -> bytes:
-    """Encode a grey image as PNG with OpenCV's `options`."""
+    """Encode an image, grey or BGR, as PNG with OpenCV's `options`."""
     ok, data = cv2.imencode(".png", image, options)
     if not ok:
         raise ValueError(f"cannot encode an image of shape {image.shape} as PNG")
     return data.tobytes()
+
+
+def _zstandard() -> ModuleType:
+    """The library, imported when it is needed: methods of flow work without it."""
+    try:
+        import zstandard
+    except ImportError as error:
+        raise ImportError("codec q16 needs zstandard: pip install zstandard") from error
+    return zstandard
+
+
+def _check_size(height: int, width: int) -> None:
+    if not (0 < height < 2**16 and 0 < width < 2**16 and height * width <= MAX_PIXELS):
+        raise ValueError(
+            f"a flow of {height} x {width} pixels is not possible: 1 to {MAX_PIXELS} in all, "
+            "at most 65535 a side"
+        )
+
+
+def _fixed(flow: NDArray[np.float32], steps: int) -> NDArray[np.int16]:
+    """(H, W, 2) pixels -> (2, H, W) steps, saturated."""
+    planes = np.clip(flow.transpose(2, 0, 1), -32768 / steps, 32767 / steps, order="C")
+    planes *= np.float32(steps)
+    return np.rint(planes, out=planes).astype(np.int16)
+
+
+def _encode_q16(flow: NDArray[np.float32]) -> bytes:
+    # Everything is modulo 2^16: what wraps around here does so again when it is undone.
+    delta = _fixed(flow, _STEPS)
+    delta[:, :, 1:] -= delta[:, :, :-1].copy()
+    delta[:, 1:] -= delta[:, :-1].copy()
+    zigzag = (delta << 1) ^ (delta >> 15)
+    halves = zigzag.astype("<i2", copy=False).view(np.uint8).reshape(-1, 2)
+    payload: bytes = _zstandard().ZstdCompressor(level=_LEVEL).compress(halves.T.tobytes())
+    header = _HEADER.pack(_MAGIC, _Q16_VERSION, *flow.shape[:2], _STEPS, 0)
+    return header + _CRC.pack(zlib.crc32(payload, zlib.crc32(header))) + payload
+
+
+def _decode_q16(data: bytes) -> NDArray[np.float32]:
+    start = _HEADER.size + _CRC.size
+    if len(data) < start:
+        raise ValueError("damaged q16 flow: shorter than its header")
+    _, version, height, width, steps, _ = _HEADER.unpack_from(data)
+    (crc,) = _CRC.unpack_from(data, _HEADER.size)
+    if version != _Q16_VERSION:
+        raise ValueError(f"q16 flow of version {version}, this ssl_flow reads {_Q16_VERSION}")
+    payload = data[start:]
+    if zlib.crc32(payload, zlib.crc32(data[: _HEADER.size])) != crc:
+        raise ValueError("damaged q16 flow: its checksum is wrong")
+    # The checksum stops accidents, not malice: what is allocated is bounded before it is.
+    _check_size(height, width)
+    size = 4 * height * width
+    zstandard = _zstandard()
+    try:
+        if steps == 0 or zstandard.frame_content_size(payload) != size:
+            raise ValueError("damaged q16 flow: its header and its contents disagree")
+        raw = zstandard.ZstdDecompressor().decompress(payload, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise ValueError(f"damaged q16 flow: {error}") from error
+    halves = np.empty((size // 2, 2), np.uint8)
+    halves[:, 0], halves[:, 1] = np.frombuffer(raw, np.uint8).reshape(2, -1)
+    zigzag = halves.view("<u2").reshape(2, height, width)
+    delta = ((zigzag >> 1) ^ -(zigzag & 1)).astype(np.int16, copy=False)
+    planes = np.add.accumulate(delta, axis=1, dtype=np.int16)
+    np.add.accumulate(planes, axis=2, dtype=np.int16, out=planes)
+    flow = np.empty((height, width, 2), np.float32)
+    np.multiply(planes.transpose(1, 2, 0), np.float32(1 / steps), out=flow)
+    return flow
+
+
+def _encode_kitti(flow: NDArray[np.float32]) -> bytes:
+    planes = _fixed(flow, _KITTI_STEPS).astype(np.int32) + _KITTI_ZERO
+    image = np.ones((*flow.shape[:2], 3), np.uint16)  # OpenCV's order: valid, v, u
+    image[..., 2], image[..., 1] = planes
+    # Measured on real flow: the RLE strategy makes smaller files than the default one in the same
+    # time, because little but runs is left once neighbours are subtracted.
+    strategy = [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]
+    return png(image, [cv2.IMWRITE_PNG_COMPRESSION, 1, *strategy])
+
+
+def _decode_png(data: bytes) -> NDArray[np.float32]:
+    if len(data) < 33:  # signature, then the chunk IHDR, which begins with the size
+        raise ValueError("not an encoded flow: a PNG without a header")
+    width, height = struct.unpack_from(">II", data, 16)
+    _check_size((height + 1) // 2, width)  # a grey one has two planes
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if image is None or image.dtype != np.uint16:
+        raise ValueError("not an encoded flow: a damaged PNG, or one that is not 16-bit")
+    if image.ndim == 2 and len(image) % 2 == 0:  # version 1: u above v, 1/16 pixel
+        planes = image.reshape(2, len(image) // 2, -1).astype(np.float32)
+        return np.ascontiguousarray((planes - np.float32(2**15)).transpose(1, 2, 0) / 16)
+    if image.ndim == 3 and image.shape[2] == 3:
+        flow = (image[..., :0:-1].astype(np.float32) - _KITTI_ZERO) / _KITTI_STEPS
+        flow[image[..., 0] == 0] = np.nan
+        return np.ascontiguousarray(flow)
+    raise ValueError("not an encoded flow: the PNG is neither KITTI's nor a version-1 store's")

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import ast
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from types import FrameType
+from typing import Annotated, Literal, NoReturn
 
 import tyro
 
-from .estimators import Option
-from .extract import Summary, extract, record_problems
-from .sources import find_sources
-from .store import FlowStore
+from .extract import Summary, extract, make_settings
+from .options import OPTIONS, Option
+from .plan import Plan, make_plan
+from .pool import TIMEOUT
+from .problems import PROBLEMS_FILE, ProblemError
+from .sources import find_sources, part_of
+from .store import DUPLICATES_FILE, FlowStore
 
 
 @dataclass
@@ -25,20 +32,35 @@ class FlowCommand:
     """Video files, folders to search for videos, folders of images."""
     out: Path
     """Folder of the store. An interrupted call is continued by repeating it."""
-    method: Literal["dis", "farneback", "tvl1"] = "dis"
-    """dis: fast and accurate. farneback: the classic. tvl1: the most accurate, slow."""
+    method: Annotated[str, tyro.conf.arg(metavar="|".join(OPTIONS))] = "dis"
+    """dis: fast and accurate. tvl1: the most accurate, slower. farneback: the classic."""
     option: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """An option of the method as NAME=VALUE, e.g. preset=fast; may be repeated."""
     size: int = 256
     """Shorter side in pixels of the frames and the flow."""
-    gap: float = 0.1
-    """Seconds between the two frames of a pair."""
+    gap: float | Literal["auto"] = 0.1
+    """Seconds between the two frames of a pair; auto: chosen for each video by its motion."""
     every: float | None = None
     """Seconds between the starts of two pairs; None: as the gap, so that pairs do not overlap."""
     consistency: bool = False
     """Also compute the backward flow (twice the time) and store where both agree."""
+    codec: Literal["q16", "png"] = "q16"
+    """How flow is stored. q16: the smallest. png: KITTI's, which other tools read."""
     workers: int = 2
     """Number of processes."""
+    device: str = "cpu"
+    """Where flow is computed: cpu, or cuda for tvl1, farneback and raft."""
+    shard: str = "1/1"
+    """i/n: only part i of n (i from 1) of the videos, for job arrays: parts may write to one store
+    at once, or to several for `ssl-flow merge-flow`."""
+    engine: Literal["local", "ray"] = "local"
+    """local: processes of this machine. ray: tasks of Ray, on one machine or a cluster."""
+    strict: bool = False
+    """Stop at the first video that cannot be used completely, with exit code 1."""
+    timeout: float = TIMEOUT
+    """Seconds without a new frame or pair after which a video is given up; 0: never."""
+    dry_run: bool = False
+    """Only say what there is to do, how long it would take and how large the store would be."""
 
 
 def flow_command(argv: Sequence[str]) -> int:
@@ -46,36 +68,101 @@ def flow_command(argv: Sequence[str]) -> int:
 
     Returns:
         The exit code: 0, also if some videos could not be used (they are named); 1 if the store
-        holds no pair at the end; 2 if the call was wrong.
+        holds no pair at the end, or after a problem with --strict; 2 if the call was wrong or the
+        store cannot be written; 130 and 143 after Ctrl-C and SIGTERM.
 
     Raises:
         SystemExit: by the parser: 0 after --help, 2 for a wrong flag.
     """
     command = tyro.cli(FlowCommand, args=list(argv), prog="ssl-flow flow")
     try:
-        sources, problems = find_sources(command.paths)
-        summary = extract(
-            sources,
-            command.out,
-            method=command.method,
-            options=dict(_parse_option(text) for text in command.option),
-            size=command.size,
-            gap=command.gap,
-            every=command.every,
-            consistency=command.consistency,
-            workers=command.workers,
-            progress=True,
+        with _terminable():
+            return _run(command)
+    except KeyboardInterrupt as interrupt:
+        _say(
+            "ssl-flow flow: stopped; videos that were finished are kept, repeat the call to go on",
+            sys.stderr,
         )
-        record_problems(command.out, problems)
-        summary.problems[:0] = problems
-        _print_summary(summary, command.out)
-        empty = summary.pairs + summary.known_pairs == 0 and len(FlowStore(command.out)) == 0
+        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+    except ProblemError as error:
+        _say(f"ssl-flow flow: error: {error}", sys.stderr)
+        return 1
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        print(f"ssl-flow flow: error: {error}", file=sys.stderr)
+        _say(f"ssl-flow flow: error: {error}", sys.stderr)
         return 2
+
+
+def _run(command: FlowCommand) -> int:
+    if command.workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {command.workers}")
+    part = _parse_part(command.shard)
+    options = dict(_parse_option(text) for text in command.option)
+    sources, problems = find_sources(command.paths)
+    if command.dry_run:
+        settings = make_settings(
+            command.method,
+            command.size,
+            command.gap,
+            command.every,
+            command.consistency,
+            options,
+            command.codec,
+            command.device,
+        )
+        mine = part_of(sources, *part)
+        plan = make_plan(mine, command.out, settings, command.workers, command.device)
+        _print_plan(plan, command, len(problems))
+        return 0
+    summary = extract(
+        sources,
+        command.out,
+        method=command.method,
+        options=options,
+        size=command.size,
+        gap=command.gap,
+        every=command.every,
+        consistency=command.consistency,
+        codec=command.codec,
+        workers=command.workers,
+        device=command.device,
+        part=part,
+        engine=command.engine,
+        strict=command.strict,
+        timeout=command.timeout,
+        problems=problems if part[0] == 1 else (),  # else each part would name them
+        progress=True,
+    )
+    _print_summary(summary, command.out)
+    if summary.sources == 0:
+        return 0  # a part without a source
+    empty = summary.pairs + summary.known_pairs == 0 and len(FlowStore(command.out)) == 0
     if empty:
-        print(f"ssl-flow flow: error: {command.out} holds no pair", file=sys.stderr)
+        _say(f"ssl-flow flow: error: {command.out} holds no pair", sys.stderr)
     return int(empty)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _parse_part(text: str) -> tuple[int, int]:
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise ValueError(f"--shard expects i/n with i from 1 to n, such as 2/8, got {text!r}")
+    return int(number), int(count)
 
 
 def _parse_option(text: str) -> tuple[str, Option]:
@@ -89,12 +176,16 @@ def _parse_option(text: str) -> tuple[str, Option]:
 
 
 def _print_summary(summary: Summary, out: Path) -> None:
-    for problem in summary.problems:
-        print(f"problem: {problem.source}: {problem.reason}")
+    for problem in summary.problems[:_NAMED]:
+        _say(f"problem: {problem.source}: {problem.reason}")
+    if len(summary.problems) > _NAMED:
+        _say(f"and {len(summary.problems) - _NAMED} more problems, see {out / PROBLEMS_FILE}")
     if summary.done == 0 and summary.already_done > 0:
-        print("nothing to do: every usable video is already in the store")
+        _say("nothing to do: every usable video is already in the store")
+    if summary.duplicates:
+        _say(f"{len(summary.duplicates)} videos are copies of others, see {out / DUPLICATES_FILE}")
     skipped = ", ".join(f"{number} {reason}" for reason, number in sorted(summary.skipped.items()))
-    print(
+    _say(
         f"{out}: {summary.done} videos done, {summary.already_done} already done, "
         f"{len(summary.problems)} problems\n"
         f"{summary.pairs} pairs written in {summary.seconds:.1f} s"
@@ -102,3 +193,38 @@ def _print_summary(summary: Summary, out: Path) -> None:
         + (f", {summary.bytes / summary.pairs / 1000:.1f} kB a pair)" if summary.pairs else "")
         + f"; skipped: {skipped or 'none'}"
     )
+
+
+_NAMED = 50  # problems that are printed
+
+
+def _print_plan(plan: Plan, command: FlowCommand, problems: int) -> None:
+    todo = plan.sources - plan.already_done
+    _say(
+        f"{command.out}: {todo} of {plan.sources} videos to do ({plan.already_done} already done"
+        + (f", {problems} others are no readable files" if problems else "")
+        + f"), about {_hours(plan.video_seconds)} of video by their headers"
+    )
+    if todo and not plan.sampled:
+        _say("none of those that were tried could be read: no estimate")
+    elif todo:
+        _say(
+            f"about {plan.pairs:,.0f} pairs, {plan.bytes / 1e9:.3g} GB, {_hours(plan.seconds)} "
+            f"with {command.workers} worker(s); estimated from {plan.sampled_pairs} pairs of "
+            f"{plan.sampled} videos"
+            + (f", {plan.unusable} more could not be read" if plan.unusable else "")
+        )
+    _say("nothing was written (--dry-run)")
+
+
+def _hours(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _say(text: str, stream: object = None) -> None:
+    """Print, whatever bytes the name of a file has and whatever the terminal can show."""
+    file = stream or sys.stdout
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=file)  # type: ignore

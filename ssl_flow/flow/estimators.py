@@ -1,100 +1,47 @@
-"""Classical optical flow, without labels: Farneback, DIS and TV-L1 through OpenCV.
+"""Optical flow of pairs of images: one door to all methods, `optical_flow` and `optical_flows`.
 
-Options and their defaults are in `OPTIONS`. Papers:
+- tvl1: the most exact, our own (ssl_flow/flow/tvl1.py), on CPU and CUDA.
+- farneback: OpenCV's on a CPU, our own (ssl_flow/flow/farneback.py) on CUDA.
+- dis-ultrafast, dis-fast, dis-medium (dis): OpenCV's, the fastest for what they give on a CPU.
+- tvl1-opencv, farneback-opencv: OpenCV's, to compare with (ssl_flow/flow/opencv.py).
+- raft: a network trained on true flow, with weights that the user has (ssl_flow/flow/raft.py).
 
-- farneback: Farneback, "Two-Frame Motion Estimation Based on Polynomial Expansion", SCIA 2003.
-- dis: Kroeger et al., "Fast Optical Flow using Dense Inverse Search", ECCV 2016.
-- tvl1: Zach, Pock, Bischof, "A Duality Based Approach for Realtime TV-L1 Optical Flow", DAGM 2007.
+Options and their defaults are in `OPTIONS`. torch is imported by the methods that need it alone, so
+that a process that computes DIS stays small.
 """
 
 from __future__ import annotations
 
-import difflib
-import importlib.metadata
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-Option = float | str | bool | None
+from . import opencv
+from .options import OPTIONS as OPTIONS  # for those who look for them here
+from .options import Option as Option
+from .options import method_options as method_options
+
+if TYPE_CHECKING:
+    import torch
+
 Image = NDArray[np.uint8]
+Flow = NDArray[np.float32]
 
 MIN_SIZE = 16  # pixels: below this the coarsest pyramid level is smaller than one DIS patch
-
-# Every option of every method with its default. `None` leaves OpenCV's (or the preset's) own value.
-OPTIONS: dict[str, dict[str, Option]] = {
-    # The values of OpenCV's tutorial, which nearly all published Farneback flow uses.
-    "farneback": {
-        "pyr_scale": 0.5,
-        "levels": 3,
-        "winsize": 15,
-        "iterations": 3,
-        "poly_n": 5,
-        "poly_sigma": 1.2,
-        "flags": 0,
-    },
-    "dis": {
-        "preset": "medium",  # ultrafast | fast | medium
-        "finest_scale": None,
-        "patch_size": None,
-        "patch_stride": None,
-        "gradient_descent_iterations": None,
-        "variational_refinement_iterations": None,
-        "variational_refinement_alpha": None,
-        "variational_refinement_delta": None,
-        "variational_refinement_gamma": None,
-        "use_mean_normalization": None,
-        "use_spatial_propagation": None,
-    },
-    # OpenCV's own defaults (warps 5, outer 10, inner 30, scale_step 0.8) take 7 times as long. They
-    # are better where motion is small, but their 5 scales of 0.8 do not reach large motion: see
-    # benchmarks/results/flow_accuracy.md.
-    "tvl1": {
-        "warps": 2,
-        "outer_iterations": 1,
-        "inner_iterations": 20,
-        "scale_step": 0.5,
-        "nscales": 5,
-        "tau": 0.25,
-        "lambda_": 0.15,
-        "theta": 0.3,
-        "epsilon": 0.01,
-        "gamma": 0.0,
-        "median_filtering": 5,
-    },
-}
-
-_DIS_PRESETS = {
-    "ultrafast": cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST,
-    "fast": cv2.DISOPTICAL_FLOW_PRESET_FAST,
-    "medium": cv2.DISOPTICAL_FLOW_PRESET_MEDIUM,
-}
-
-_TVL1_SETTERS = {
-    "warps": "setWarpingsNumber",
-    "outer_iterations": "setOuterIterations",
-    "inner_iterations": "setInnerIterations",
-    "scale_step": "setScaleStep",
-    "nscales": "setScalesNumber",
-    "tau": "setTau",
-    "lambda_": "setLambda",
-    "theta": "setTheta",
-    "epsilon": "setEpsilon",
-    "gamma": "setGamma",
-    "median_filtering": "setMedianFiltering",
-}
 
 
 def optical_flow(
     prev: Image, next: Image, method: str = "farneback", **options: Option
 ) -> NDArray[np.float32]:
-    """Estimate where each pixel of `prev` is found in `next`.
+    """Estimate where each pixel of `prev` is found in `next`, on the CPU.
 
     Args:
         prev: first image, (H, W, 3) RGB or (H, W) grey, uint8, both sides at least 16 pixels.
         next: second image, same shape and type.
-        method: "farneback", "dis" or "tvl1".
+        method: a name in `OPTIONS`.
         options: parameters of the method, see `OPTIONS[method]`.
 
     Returns:
@@ -103,34 +50,95 @@ def optical_flow(
 
     Raises:
         ValueError: unknown method or option; images of wrong type, unequal shape or too small.
-        RuntimeError: method "tvl1" while the installed OpenCV has no `cv2.optflow`.
+        RuntimeError: method "tvl1-opencv" while the installed OpenCV has no `cv2.optflow`.
+        FileNotFoundError: method "raft" without its file of weights.
     """
     settings = method_options(method, options)
-    prev_grey, next_grey = _grey_pair(prev, next)
-    if method == "farneback":
-        flow = cv2.calcOpticalFlowFarneback(prev_grey, next_grey, None, **settings)  # type: ignore
-    elif method == "dis":
-        flow = _dis(settings).calc(prev_grey, next_grey, None)  # type: ignore[call-overload]
-    else:
-        flow = _tvl1(settings).calc(prev_grey, next_grey, None)  # type: ignore[call-overload]
-    return np.ascontiguousarray(flow, dtype=np.float32)  # (H, W, 2)
+    _check_images(prev, next, "")
+    flow: Flow = _estimate(prev[None], next[None], method, settings, "cpu")[0]
+    return flow
 
 
-def method_options(method: str, options: Mapping[str, Option]) -> dict[str, Option]:
-    """Return all options of `method`, the given ones in place of the defaults.
+def optical_flows(
+    prev: Image, next: Image, method: str = "farneback", device: str = "cpu", **options: Option
+) -> NDArray[np.float32]:
+    """Estimate the flow of a batch of pairs, all at once if the method allows it.
+
+    Args:
+        prev: first images, (B, H, W, 3) RGB or (B, H, W) grey, uint8, sides at least 16 pixels.
+        next: second images, same shape and type.
+        method: a name in `OPTIONS`.
+        device: "cpu", "cuda", "cuda:1", ... Methods that are OpenCV's run on the CPU alone.
+        options: parameters of the method, see `OPTIONS[method]`.
+
+    Returns:
+        Flow (B, H, W, 2) float32 in pixels, see `optical_flow`.
 
     Raises:
-        ValueError: unknown method or option; the message names the nearest known one.
+        ValueError: as for `optical_flow`; a device that is not there or that the method can't use.
+        RuntimeError: as for `optical_flow`.
+        FileNotFoundError: as for `optical_flow`.
     """
-    if method not in OPTIONS:
-        raise ValueError(f"unknown flow method {method!r}{_nearest(method, OPTIONS)}")
-    known = OPTIONS[method]
-    for name in options:
-        if name not in known:
-            raise ValueError(
-                f"flow method {method!r} has no option {name!r}{_nearest(name, known)}"
-            )
-    return {**known, **options}
+    settings = method_options(method, options)
+    _check_images(prev, next, "B, ")
+    return _estimate(prev, next, method, settings, str(device))
+
+
+def _estimate(
+    prev: Image, next: Image, method: str, settings: Mapping[str, Option], device: str
+) -> Flow:
+    """Compute the flow (B, H, W, 2) of checked images."""
+    if method in opencv.METHODS and device != "cpu":
+        others = ", ".join(name for name in OPTIONS if name not in opencv.METHODS)
+        raise ValueError(
+            f"flow method {method!r} is OpenCV's and runs on device 'cpu' alone, not on "
+            f"{device!r}; there these run: {others}"
+        )
+    if method == "farneback" and device == "cpu":
+        method = "farneback-opencv"  # OpenCV's takes half the time there
+    if method not in opencv.METHODS:
+        return _estimate_on_device(prev, next, method, settings, device)
+    _, height, width = prev.shape[:3]
+    estimate = opencv.estimator(method, settings, (height, width))
+    flow = np.empty((len(prev), height, width, 2), np.float32)
+    for i in range(len(flow)):
+        flow[i] = estimate(_as_grey(prev[i]), _as_grey(next[i]))
+    return flow
+
+
+def _estimate_on_device(
+    prev: Image, next: Image, method: str, settings: Mapping[str, Any], device: str
+) -> Flow:
+    """Compute the flow (B, H, W, 2) by a method of torch."""
+    import torch
+
+    try:
+        place = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} can't be used: {error}") from error
+
+    def tensor(images: list[Image]) -> torch.Tensor:
+        # A copy: arrays may be read-only or lie backwards in memory, which torch does not take.
+        stacked = np.stack(images) if images else np.empty(prev.shape[:3], np.uint8)
+        return torch.from_numpy(stacked).to(place)
+
+    if method == "raft":
+        from .raft import raft
+
+        flow = raft(*(_channels_first(tensor(list(x))) for x in (prev, next)), **settings)
+    else:
+        # Grey here and not there: a third of the bytes to move, and the same grey on all devices.
+        pair = [tensor([_as_grey(image) for image in images]) for images in (prev, next)]
+        if method == "tvl1":
+            from .tvl1 import tvl1
+
+            flow = tvl1(*pair, **settings)
+        else:
+            from .farneback import farneback
+
+            flow = farneback(*pair, **settings)
+    array: Flow = flow.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return array
 
 
 def flow_validity(
@@ -168,69 +176,35 @@ def flow_validity(
     return np.asarray(valid & (mismatch < 0.01 * size + 0.5), dtype=bool)
 
 
-def _dis(settings: Mapping[str, Option]) -> cv2.DISOpticalFlow:
-    preset = settings["preset"]
-    if not isinstance(preset, str) or preset not in _DIS_PRESETS:
-        raise ValueError(f"unknown DIS preset {preset!r}{_nearest(preset, _DIS_PRESETS)}")
-    dis: cv2.DISOpticalFlow = cv2.DISOpticalFlow_create(_DIS_PRESETS[preset])  # type: ignore[attr-defined]
-    for name, value in settings.items():
-        if name != "preset" and value is not None:
-            # finest_scale -> setFinestScale
-            getattr(dis, "set" + "".join(part.capitalize() for part in name.split("_")))(value)
-    return dis
-
-
-def _tvl1(settings: Mapping[str, Option]) -> cv2.DenseOpticalFlow:
-    if not hasattr(getattr(cv2, "optflow", None), "DualTVL1OpticalFlow_create"):
-        raise RuntimeError(_missing_optflow())
-    tvl1: cv2.DenseOpticalFlow = cv2.optflow.DualTVL1OpticalFlow_create()  # type: ignore[attr-defined]
-    for name, value in settings.items():
-        getattr(tvl1, _TVL1_SETTERS[name])(value)
-    return tvl1
-
-
-def _missing_optflow() -> str:
-    installed = sorted(
-        {
-            f"{name} {dist.version}"
-            for dist in importlib.metadata.distributions()
-            if (name := str(dist.metadata["Name"] or "").lower()).startswith("opencv")
-        }
-    )
-    names = " ".join(entry.split()[0] for entry in installed)
-    return (
-        "TV-L1 needs cv2.optflow, which the imported cv2 lacks. All OpenCV wheels share one folder "
-        "cv2/, so a wheel without 'contrib' overwrites the one with it. Installed: "
-        f"{', '.join(installed) or 'no OpenCV wheel'}. To mend:\n"
-        + (f"    pip uninstall -y {names}\n" if names else "")
-        + "    pip install --no-cache-dir opencv-contrib-python-headless\n"
-        "or use method='dis' or 'farneback', which every OpenCV has."
-    )
-
-
-def _nearest(word: object, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
-    hint = f", did you mean {close[0]!r}?" if close else ";"
-    return f"{hint} known: {', '.join(known)}"
-
-
-def _grey_pair(prev: Image, next: Image) -> tuple[Image, Image]:
+def _check_images(prev: Image, next: Image, batch: str) -> None:
+    """Raise ValueError unless both can be used; `batch` is "B, " if they have that dimension."""
+    dims = 3 if batch else 2
     for name, image in (("prev", prev), ("next", next)):
         if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
             found = getattr(image, "dtype", type(image).__name__)
             raise ValueError(f"{name} must be a numpy uint8 array, got {found}")
-        if image.ndim != 2 and (image.ndim != 3 or image.shape[2] != 3):
-            raise ValueError(f"{name} must be (H, W, 3) RGB or (H, W) grey, got {image.shape}")
-        if min(image.shape[:2]) < MIN_SIZE:
+        if image.ndim != dims and (image.ndim != dims + 1 or image.shape[-1] != 3):
             raise ValueError(
-                f"{name} is {image.shape[0]}x{image.shape[1]} pixels; flow needs at least "
-                f"{MIN_SIZE} on each side"
+                f"{name} must be ({batch}H, W, 3) RGB or ({batch}H, W) grey, got {image.shape}"
+            )
+        height, width = image.shape[dims - 2 : dims]
+        if min(height, width) < MIN_SIZE:
+            raise ValueError(
+                f"{name} is {height}x{width} pixels; flow needs at least {MIN_SIZE} on each side"
             )
     if prev.shape != next.shape:
         raise ValueError(f"prev is {prev.shape}, but next is {next.shape}: they must be equal")
-    if prev.ndim == 2:
-        return prev, next
-    return grey(prev), grey(next)
+
+
+def _channels_first(images: torch.Tensor) -> torch.Tensor:
+    """Turn (B, H, W, 3), or (B, H, W) grey, into (B, 3, H, W)."""
+    if images.ndim == 4:
+        return images.permute(0, 3, 1, 2)
+    return images[:, None].repeat(1, 3, 1, 1)
+
+
+def _as_grey(image: Image) -> Image:
+    return image if image.ndim == 2 else grey(image)
 
 
 def grey(image: Image) -> Image:

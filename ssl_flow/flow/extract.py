@@ -2,48 +2,58 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 
-from .estimators import MIN_SIZE, Option, method_options, optical_flow
-from .job import Settings, extract_source, source_bytes
-from .pool import Bar, run
+from . import pool
+from .codec import CODECS
+from .duplicates import find_duplicate_sources
+from .estimators import MIN_SIZE, Option, method_options, optical_flows
+from .job import Settings, extract_source
+from .lock import LOCK_FILE, store_lock
+from .options import nearest
+from .problems import PROBLEMS_FILE as PROBLEMS_FILE  # for those who look for it here
+from .problems import ProblemList, read_problems
+from .progress import Bar
 from .shard import (
     VERSION,
     StoreError,
     check_size,
+    index_files,
     index_path,
     read_index,
     shard_path,
     write_atomically,
 )
-from .sources import Problem, Source
-from .store import SETTINGS_FILE, read_settings
-
-PROBLEMS_FILE = "problems.jsonl"
+from .sources import Problem, Source, fingerprint, part_of
+from .store import DUPLICATES_FILE, SETTINGS_FILE, read_settings, write_manifest
 
 
 @dataclass
 class Summary:
     """What `extract` did. Counts are of this call, except for `already_done` and `known_pairs`."""
 
-    sources: int = 0  # given
+    sources: int = 0  # given, of this part
     done: int = 0  # written by this call, with pairs or without
     already_done: int = 0  # found complete in the store
     pairs: int = 0  # written by this call
     known_pairs: int = 0  # of the sources that were already done
     skipped: Counter[str] = field(default_factory=Counter)  # pairs left out: reason -> number
     problems: list[Problem] = field(default_factory=list)
-    bytes: int = 0  # of the shards written
+    duplicates: dict[str, str] = field(default_factory=dict)  # video -> the one it is a copy of
+    bytes: int = 0  # of the shards written by this call
     seconds: float = 0.0
 
 
@@ -52,12 +62,20 @@ def extract(
     out: str | Path,
     method: str = "dis",
     size: int = 256,
-    gap: float = 0.1,
+    gap: float | Literal["auto"] = 0.1,
     every: float | None = None,
     consistency: bool = False,
-    workers: int = 1,
-    options: dict[str, Option] | None = None,
+    workers: int = 0,
+    options: Mapping[str, Option] | None = None,
     progress: bool = False,
+    *,
+    codec: str = "q16",
+    device: str = "cpu",
+    part: tuple[int, int] = (1, 1),
+    engine: Literal["local", "ray"] = "local",
+    strict: bool = False,
+    timeout: float = pool.TIMEOUT,
+    problems: Sequence[Problem] = (),
 ) -> Summary:
     """Compute the flow of pairs of frames and store both.
 
@@ -68,94 +86,202 @@ def extract(
     Args:
         sources: what to read, see `find_sources`.
         out: the store's folder, made if it is not there.
-        method: "dis" (accurate and fast, hence the default), "farneback" or "tvl1".
+        method: a name in `OPTIONS`; "dis" is accurate and fast, "tvl1" more accurate and slower.
         size: frames are shrunk to this shorter side in pixels before the flow is computed; frames
             and flow are stored at that size. Smaller videos keep theirs.
         gap: seconds between the two frames of a pair. At 0.1 most objects move by 1 to 10 pixels,
-            where the methods are accurate; one frame at 10 frames a second, three at 30.
+            where the methods are accurate; one frame at 10 frames a second, three at 30. "auto"
+            chooses it for each video by its motion, see `choose_gap`.
         every: seconds between the starts of two pairs; None: as `gap`, pairs then follow each other
             without overlap.
         consistency: also compute the backward flow (twice the time) and store where both agree.
-        workers: number of processes. With more than one, the calling script needs the usual
+        workers: number of worker processes; 0 works in this one, where a source that hangs or
+            crashes ends the call. With workers, the calling script needs the usual
             `if __name__ == "__main__":`, and each `source.frames` must be picklable.
         options: of the method, see `OPTIONS`.
         progress: show a progress bar on stderr.
+        codec: how the flow is stored: "q16", the smallest, or "png", which other tools read.
+        device: where the flow is computed: "cpu", or "cuda" for methods of torch.
+        part: (i, n) takes part i of n (i from 1) of the sources, see `part_of`; parts may write to
+            one store at the same time, or to several that are merged later.
+        engine: "local" for processes of this machine, "ray" for tasks of Ray.
+        strict: raise at the first problem; what was done before is kept.
+        timeout: seconds without a new frame or pair after which a worker is given up (0: never).
+        problems: further problems, of `find_sources`, to be listed with those met here.
 
     Raises:
         ValueError: wrong method, option or number; two sources with the same name.
         RuntimeError: the method is not available in the installed OpenCV.
-        StoreError: `out` holds something else, or a store made with other settings.
+        StoreError: `out` holds something else, or a store made with other settings; another call
+            is writing there.
+        ProblemError: the first problem, if `strict`.
         OSError: the store cannot be written.
     """
-    if size < MIN_SIZE or gap <= 0 or workers < 1 or (every is not None and every < 0):
-        raise ValueError(
-            f"size must be at least {MIN_SIZE}, gap above 0, every at least 0, workers at least 1; "
-            f"got size {size}, gap {gap}, every {every}, workers {workers}"
-        )
+    settings = make_settings(method, size, gap, every, consistency, options, codec, device)
+    if workers < 0 or timeout < 0:
+        raise ValueError(f"workers and timeout must be at least 0, got {workers} and {timeout}")
     double = [name for name, n in Counter(source.name for source in sources).items() if n > 1]
     if double:
         raise ValueError(f"source names must be unique, {double[0]!r} is given twice")
-    every = gap if every is None else every
-    settings = Settings(
-        method, method_options(method, options or {}), size, float(gap), float(every), consistency
-    )
-    # One small pair up front: a value or a library that is wrong must not fail once a video.
-    blank = np.zeros((64, 64), np.uint8)
-    try:
-        optical_flow(blank, blank, method, **settings.options)
-    except (cv2.error, TypeError) as error:
-        raise ValueError(f"{method} refuses the options {settings.options}: {error}") from error
-
+    sources = part_of(sources, *part)
     store = Path(out)
-    _open_store(store, settings)
     start = time.perf_counter()
     summary = Summary(sources=len(sources))
-    todo = []
-    for source in sources:
-        index = _finished(store, source)
-        if index is None:
-            todo.append(source)
-        elif index["source_bytes"] != source_bytes(source):
-            shard = shard_path(store, source.name)
-            reason = f"the file has changed since {shard} was made: delete that to redo it"
-            summary.problems.append(Problem(source.name, reason))
-        else:
-            summary.already_done += 1
-            summary.known_pairs += index["pairs"]
-    workers = min(workers, len(todo))
-    job = partial(extract_source, store=store, settings=settings)
-    with Bar(len(todo), enabled=progress and bool(todo)) as bar:
-        for source, result, died in run(todo, job, workers, bar.pairs):
-            bar.source_done()
-            index, problem = result or (None, died)
-            if problem is not None:
-                summary.problems.append(Problem(source.name, problem))
-            if index is not None:
-                summary.done += 1
-                summary.pairs += index["pairs"]
-                summary.bytes += index["tar_bytes"]
-                summary.skipped.update(index["skipped"])
-    record_problems(store, summary.problems)
+    try:
+        _open_store(store, settings)
+        with store_lock(store, shared=part[1] > 1):
+            listed = ProblemList(store, strict)
+            summary.problems = listed.problems
+            try:
+                for problem in problems:
+                    listed.note(problem.source, problem.reason)
+                todo = _look_up(store, sources, summary, listed)
+                job = partial(
+                    extract_source, store=store.absolute(), settings=settings, device=device
+                )
+                _work(todo, job, workers, engine, timeout, progress, summary, listed)
+            except BaseException:  # Ctrl-C too
+                with suppress(OSError):  # a full disk: not in place of the first error
+                    listed.save()
+                raise
+            listed.save()
+            write_manifest(store)
+            summary.duplicates = write_duplicates(store)
+    except OSError as error:
+        raise _cannot_write(store, error) from error
     summary.seconds = time.perf_counter() - start
     return summary
 
 
-def record_problems(store: Path, problems: Sequence[Problem]) -> None:
-    """Append problems to the store's problems.jsonl, each once only."""
-    file = store / PROBLEMS_FILE
-    known = set(file.read_text(encoding="utf-8").splitlines()) if file.exists() else set()
-    lines = [json.dumps(asdict(problem)) for problem in problems]
-    new = [line for line in dict.fromkeys(lines) if line not in known]
-    if new:
-        with file.open("a", encoding="utf-8") as out:
-            out.write("\n".join(new) + "\n")
+def make_settings(
+    method: str,
+    size: int,
+    gap: float | Literal["auto"],
+    every: float | None,
+    consistency: bool,
+    options: Mapping[str, Option] | None,
+    codec: str,
+    device: str = "cpu",
+) -> Settings:
+    """Check what `extract` is called with, before any work.
+
+    Raises:
+        ValueError: wrong method, option or number.
+        RuntimeError: the method is not available in the installed OpenCV.
+    """
+    if isinstance(gap, str) and gap != "auto":
+        raise ValueError(f"gap must be seconds or 'auto', got {gap!r}")
+    if size < MIN_SIZE or (gap != "auto" and gap <= 0) or (every is not None and every < 0):
+        raise ValueError(
+            f"size must be at least {MIN_SIZE}, gap above 0, every at least 0; "
+            f"got size {size}, gap {gap}, every {every}"
+        )
+    if codec not in CODECS:
+        raise ValueError(f"unknown codec {codec!r}{nearest(codec, CODECS)}")
+    if gap != "auto":
+        gap = float(gap)
+        every = gap if every is None else float(every)
+    settings = Settings(
+        method, method_options(method, options or {}), size, gap, every, consistency, codec
+    )
+    # One small pair up front: a value or a library that is wrong must not fail once a video.
+    blank = np.zeros((1, 128, 128), np.uint8)
+    try:
+        optical_flows(blank, blank, method, device, **settings.options)
+    except (cv2.error, TypeError) as error:
+        raise ValueError(f"{method} refuses the options {settings.options}: {error}") from error
+    return settings
+
+
+def _look_up(
+    store: Path, sources: Sequence[Source], summary: Summary, listed: ProblemList
+) -> dict[str, tuple[Source, float]]:
+    """Return what is not done yet, by name, with its weight (bytes) for the progress bar."""
+    todo = {}
+    for source in sources:
+        try:
+            now = fingerprint(source)
+        except OSError as error:
+            listed.note(source.name, f"cannot be reached: {error.strerror}")
+            continue
+        index = finished(store, source)
+        if index is None:
+            todo[source.name] = source, float(now.bytes or 1)
+            continue
+        # Stores of version 1 do not say what image folders held.
+        known = index.get("source_bytes") or now.bytes, index.get("source_files") or now.files
+        if known != (now.bytes, now.files):
+            shard = shard_path(store, source.name)
+            reason = f"it has changed since {shard} was made: delete that to redo it"
+            listed.note(source.name, reason)
+        else:
+            summary.already_done += 1
+            summary.known_pairs += index["pairs"]
+            listed.note(source.name, index["problem"])
+    # What hung or killed a worker before would cost the same time again: it comes last.
+    bad = (pool.DIED, pool.STALLED)
+    late = {p.source for p in read_problems(store / PROBLEMS_FILE) if p.reason.startswith(bad)}
+    return dict(sorted(todo.items(), key=lambda entry: entry[0] in late))
+
+
+def _work(
+    todo: Mapping[str, tuple[Source, float]],
+    job: pool.Job[Source, tuple[dict[str, Any] | None, str | None]],
+    workers: int,
+    engine: str,
+    timeout: float,
+    progress: bool,
+    summary: Summary,
+    listed: ProblemList,
+) -> None:
+    weights = {name: weight for name, (_, weight) in todo.items()}
+    with Bar(weights, enabled=progress and bool(todo)) as bar:
+
+        def report(source: Source, share: float, pairs: int) -> None:
+            bar.report(source.name, share, pairs)
+
+        items = [source for source, _ in todo.values()]
+        if engine == "ray":
+            from . import ray_engine
+
+            results = ray_engine.run(items, job, workers or 1, report, timeout)
+        else:
+            results = pool.run(items, job, workers, report, timeout)
+        with closing(results):  # type: ignore[type-var]
+            for source, result, died in results:
+                bar.done(source.name)
+                index, problem = result or (None, died)
+                if index is not None:
+                    summary.done += 1
+                    summary.pairs += index["pairs"]
+                    summary.bytes += index["tar_bytes"]
+                    summary.skipped.update(index["skipped"])
+                listed.note(source.name, problem)
+
+
+def write_duplicates(store: Path) -> dict[str, str]:
+    """Write duplicates.json: which sources of a store are copies of others; return its content.
+
+    Raises:
+        StoreError: an index is damaged.
+        OSError: the store cannot be written.
+    """
+    hashes = {}
+    for file in index_files(store):
+        index = read_index(file)
+        hashes[index["source"]] = [int(text, 16) for text in index.get("hashes", ())]
+    found = find_duplicate_sources(hashes) if len(hashes) > 1 else {}
+    if found or (store / DUPLICATES_FILE).exists():
+        write_atomically(store / DUPLICATES_FILE, json.dumps(found, indent=2).encode() + b"\n")
+    return found
 
 
 def _open_store(store: Path, settings: Settings) -> None:
     """Make the store, or check that the one that is there was made with the same settings."""
     wanted = {"version": VERSION, **asdict(settings)}
     if not (store / SETTINGS_FILE).exists():
-        if store.exists() and (not store.is_dir() or any(store.iterdir())):
+        ours = {LOCK_FILE, SETTINGS_FILE, f".{SETTINGS_FILE}.tmp"}  # a call was killed or begins
+        if store.exists() and (not store.is_dir() or {p.name for p in store.iterdir()} - ours):
             raise StoreError(f"{store} exists and is no flow store: choose another folder")
         store.mkdir(parents=True, exist_ok=True)
         write_atomically(store / SETTINGS_FILE, json.dumps(wanted, indent=2).encode())
@@ -168,7 +294,7 @@ def _open_store(store: Path, settings: Settings) -> None:
             )
 
 
-def _finished(store: Path, source: Source) -> dict[str, Any] | None:
+def finished(store: Path, source: Source) -> dict[str, Any] | None:
     """Return the index of a source that is complete in the store, else None."""
     file = index_path(store, source.name)
     if not file.exists():
@@ -179,3 +305,17 @@ def _finished(store: Path, source: Source) -> dict[str, Any] | None:
     except StoreError:
         return None  # damaged: computed again
     return index
+
+
+def _cannot_write(store: Path, error: OSError) -> OSError:
+    """Say in one sentence what could not be written and what to do."""
+    advice = "choose another --out"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        advice = "make room there"
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        advice = "make it writable, or choose another --out"
+    place = os.fspath(error.filename or store)
+    return OSError(
+        f"{place} cannot be written ({error.strerror or error}): {advice}, and repeat the call; "
+        "what was finished is kept"
+    )

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import errno
+import importlib
 import json
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from .codec import encode_flow, png
-from .estimators import Option, flow_validity, grey, optical_flow
+from .duplicates import RepeatedPairs, frame_hash
+from .estimators import MIN_SIZE, Option, flow_validity, grey, optical_flow, optical_flows
+from .gap import PROBE_SIZE, choose_gap
 from .pairs import is_cut, is_motionless, is_still, pair_frames
-from .shard import ShardWriter
-from .sources import Source
-from .video import Frame
+from .pool import Tick
+from .shard import BusyError, ShardWriter, member_names, safe_name
+from .sources import Source, fingerprint
+from .video import Frame, VideoError
+
+Grey = NDArray[np.uint8]  # (H, W)
+Flow = NDArray[np.float32]  # (H, W, 2)
 
 _JPEG_QUALITY = 92
+_GROUP = 32  # pairs at once on a GPU
+# What the name of a source can do to its place in the store; all else is wrong with the store.
+_NAME_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EILSEQ, errno.EINVAL)
 
 
 @dataclass(frozen=True)
@@ -30,92 +43,207 @@ class Settings:
     method: str
     options: dict[str, Option]
     size: int
-    gap: float
-    every: float
+    gap: float | Literal["auto"]
+    every: float | None  # None: as the gap of the video
     consistency: bool
-
-
-def source_bytes(source: Source) -> int | None:
-    """Return the size of the source's file; None if it is no single file."""
-    return source.path.stat().st_size if source.path and source.path.is_file() else None
+    codec: str = "q16"
 
 
 def extract_source(
-    source: Source, tick: Callable[[], None], store: Path, settings: Settings
+    source: Source, tick: Tick, store: Path, settings: Settings, device: str = "cpu"
 ) -> tuple[dict[str, Any] | None, str | None]:
-    """Write one source's shard; return its index (None: nothing could be read) and the problem."""
+    """Write one source's shard; return its index (None: nothing was stored) and the problem."""
     counts: Counter[str] = Counter()
     skipped: Counter[str] = Counter()
     problems: list[str] = []
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)  # more threads gain nothing on small frames, workers fill the processor
+    hashes: list[str] = []
     try:
-        with ShardWriter(store, source.name) as writer:
-            samples = _samples(source, settings, counts, skipped)
-            for key, members in _survive(samples, problems):
-                writer.add(key, members)
-                tick()
-            if counts["frames"] == 0:
-                return None, "; ".join(problems) or "no frame could be read"
-            if counts["pairs"] == 0 and not problems:
-                problems.append(_why_no_pair(counts["frames"], skipped, settings.gap))
-            facts = {
-                "frames": counts["frames"],
-                "skipped": dict(sorted(skipped.items())),
-                "problem": "; ".join(problems) or None,
-                "source_bytes": source_bytes(source),
-            }
-            index = writer.commit(facts)
-    finally:
-        cv2.setNumThreads(threads)
+        before = fingerprint(source)
+    except OSError as error:
+        return None, f"cannot be reached: {error.strerror}"
+    try:
+        writer = ShardWriter(store, source.name)
+    except BusyError as error:
+        return None, str(error)
+    except OSError as error:
+        if error.errno in _NAME_ERRORS:
+            return None, f"its name cannot be stored: {error.strerror}"
+        raise
+    with writer, one_thread(settings.method):
+        gap = settings.gap
+        if gap == "auto":
+            gap = choose_gap(_watched(source, PROBE_SIZE, tick))
+        every = gap if settings.every is None else settings.every
+
+        def frames() -> Iterator[Frame]:
+            for frame in _watched(source, settings.size, tick):
+                counts["frames"] += 1
+                yield frame
+
+        pairs = pair_frames(frames(), gap, every, skipped)
+        samples = make_samples(source.name, pairs, settings, skipped, device)
+        for key, members, picture in _survive(samples, problems):
+            writer.add(key, members)
+            hashes.append(f"{picture:016x}")
+            counts["pairs"] += 1
+            tick(pairs=1)
+        if counts["frames"] == 0:
+            return None, "; ".join(problems) or "no frame could be read"
+        try:
+            changed = fingerprint(source) != before
+        except OSError:
+            changed = True
+        if changed:
+            return None, "it was changed while it was read: not stored, repeat the call"
+        if counts["pairs"] == 0 and not problems:
+            problems.append(_why_no_pair(counts["frames"], skipped, gap))
+        facts: dict[str, Any] = {
+            "frames": counts["frames"],
+            "skipped": dict(sorted(skipped.items())),
+            "problem": "; ".join(problems) or None,
+            "source_bytes": before.bytes,
+            "source_files": before.files,
+            "hashes": hashes,
+        }
+        if settings.gap == "auto":
+            facts["gap"] = gap
+        index = writer.commit(facts)
     return index, index["problem"]
 
 
-def _samples(
-    source: Source, settings: Settings, counts: Counter[str], skipped: Counter[str]
-) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yield key and members of each pair worth keeping."""
+def _watched(source: Source, short_side: int, tick: Tick) -> Iterator[Frame]:
+    """Read a source, with a sign of life at each frame."""
+    for frame in source.frames(short_side):
+        tick(frame.share)
+        if min(frame.image.shape[:2]) < MIN_SIZE:
+            height, width = frame.image.shape[:2]
+            raise VideoError(
+                f"frames of {width} x {height} pixels: flow needs at least {MIN_SIZE} a side"
+            )
+        yield frame
 
-    def counted() -> Iterator[Frame]:
-        for frame in source.frames(settings.size):
-            counts["frames"] += 1
-            yield frame
 
-    for first, second in pair_frames(counted(), settings.gap, settings.every, skipped):
-        a, b = (grey(frame.image) for frame in (first, second))
-        if is_still(a, b):
-            skipped["static"] += 1
-            continue
-        flow = optical_flow(a, b, settings.method, **settings.options)
-        valid = flow_validity(flow)
-        if is_motionless(flow):
-            skipped["static"] += 1
-            continue
+def make_samples(
+    name: str,
+    pairs: Iterator[tuple[Frame, Frame]],
+    settings: Settings,
+    skipped: Counter[str],
+    device: str = "cpu",
+) -> Iterator[tuple[str, dict[str, bytes], int]]:
+    """Yield key, members and `frame_hash` of each pair worth keeping; count the others."""
+    names = member_names(settings.codec, settings.consistency)
+    number = 0
+    for first, second, a, b, flow, backward in _flows(pairs, settings, skipped, device):
         if not np.isfinite(flow).all():
             skipped["not_finite"] += 1
             continue
+        if is_motionless(flow):
+            skipped["static"] += 1
+            continue
+        valid = flow_validity(flow)
         if is_cut(a, b, flow, valid):
             skipped["cut"] += 1
             continue
-        key = f"{source.name}/{counts['pairs']:06d}"
+        key = f"{safe_name(name)}/{number:06d}"
         meta: dict[str, Any] = {
             "key": key,
-            "video": source.name,
+            "video": name,
             "time": round(first.time, 6),
             "gap": round(second.time - first.time, 6),
             "method": settings.method,
             "size": list(flow.shape[:2]),
         }
-        members = {"jpg": _jpeg(first.image), "flow.png": encode_flow(flow)}
+        contents = [_jpeg(first.image), encode_flow(flow, settings.codec)]
         if settings.consistency:
-            backward = optical_flow(b, a, settings.method, **settings.options)
+            if backward is None:
+                backward = optical_flow(b, a, settings.method, **settings.options)
             valid = flow_validity(flow, backward)
             meta["consistent"] = round(float(valid.mean()), 4)
             mask = valid.astype(np.uint8) * 255
-            members["valid.png"] = png(mask, [cv2.IMWRITE_PNG_BILEVEL, 1])
-        members["json"] = json.dumps(meta).encode()
-        counts["pairs"] += 1
-        yield key, members
+            contents.append(png(mask, [cv2.IMWRITE_PNG_BILEVEL, 1]))
+        contents.append(json.dumps(meta).encode())
+        number += 1
+        yield key, dict(zip(names, contents, strict=True)), frame_hash(a)
+
+
+_Moving = tuple[Frame, Frame, Grey, Grey]
+
+
+def _flows(
+    pairs: Iterator[tuple[Frame, Frame]], settings: Settings, skipped: Counter[str], device: str
+) -> Iterator[tuple[Frame, Frame, Grey, Grey, Flow, Flow | None]]:
+    """Yield frames, grey pictures and flow of each pair that is not still.
+
+    The backward flow comes with it if it is wanted, on a GPU; elsewhere it is left for the pairs
+    that are kept.
+    """
+    method, options = settings.method, settings.options
+    for group in _groups(_moving(pairs, skipped), 1 if device == "cpu" else _GROUP):
+        if device == "cpu":
+            for first, second, a, b in group:
+                yield first, second, a, b, optical_flow(a, b, method, **options), None
+            continue
+        prev, next = (np.stack(x) for x in ([row[2] for row in group], [row[3] for row in group]))
+        forward = optical_flows(prev, next, method, device, **options)
+        backward: list[Flow | None] = [None] * len(group)
+        if settings.consistency:
+            backward = list(optical_flows(next, prev, method, device, **options))
+        for row, there, back in zip(group, forward, backward, strict=True):
+            yield (*row, there, back)
+
+
+def _moving(pairs: Iterator[tuple[Frame, Frame]], skipped: Counter[str]) -> Iterator[_Moving]:
+    """Leave out what shows itself to teach nothing before any flow is computed."""
+    repeated = RepeatedPairs()
+    for first, second in pairs:
+        a, b = (grey(frame.image) for frame in (first, second))
+        if is_still(a, b):
+            skipped["static"] += 1
+        elif repeated.seen(a, b):
+            skipped["duplicate"] += 1
+        else:
+            yield first, second, a, b
+
+
+def _groups(pairs: Iterator[_Moving], size: int) -> Iterator[list[_Moving]]:
+    """Collect up to `size` pairs of one shape; those before an error come before it."""
+    group: list[_Moving] = []
+    try:
+        for pair in pairs:
+            if group and group[0][2].shape != pair[2].shape:
+                yield group
+                group = []
+            group.append(pair)
+            if len(group) == size:
+                yield group
+                group = []
+    except Exception:
+        if group:
+            yield group
+        raise
+    if group:
+        yield group
+
+
+@contextmanager
+def one_thread(method: str) -> Iterator[None]:
+    """Let OpenCV and PyTorch use one thread: more gain nothing on small frames.
+
+    The workers fill the processor already, and sums in another order would change the bytes.
+    """
+    if method in ("tvl1", "raft"):
+        importlib.import_module("torch")  # before the method does, while it may still be told
+    torch = sys.modules.get("torch")  # not imported for this: half of the methods do without
+    before = cv2.getNumThreads(), torch.get_num_threads() if torch else 0
+    cv2.setNumThreads(1)
+    if torch:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(before[0])
+        if torch:
+            torch.set_num_threads(before[1])
 
 
 def _survive(samples: Iterator[Any], problems: list[str]) -> Iterator[Any]:

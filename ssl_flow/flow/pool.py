@@ -1,140 +1,241 @@
-"""Runs one job for each source, here or in worker processes, and shows how far it is."""
+"""Runs one job for each source, here or in worker processes that may hang or die.
+
+A worker that dies, or is killed because it does nothing any more, costs the source it was working
+on and nothing else. `concurrent.futures` cannot do that: there a dead worker breaks the pool, and
+one that hangs cannot be told from one that works.
+"""
 
 from __future__ import annotations
 
+import os
+import pickle
+import signal
+import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
-from multiprocessing.context import SpawnContext
-from typing import Any, TypeVar
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
+from multiprocessing import connection, get_context, parent_process
+from typing import Any, Protocol, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Tick = Callable[[], None]  # a job calls it once for each pair it has made
-Job = Callable[[Item, Tick], Result]
 
-_DIED = "its worker process died (out of memory, killed, or a crash in a library)"
+
+class Tick(Protocol):
+    """A job calls it for each frame and each pair: also a sign that it is alive."""
+
+    def __call__(self, share: float = 0.0, pairs: int = 0) -> None:
+        """`share` of the item that is done, 0 to 1; `pairs` made since the last call."""
+
+
+Job = Callable[[Item, Tick], Result]
+Report = Callable[[Item, float, int], None]  # item, its share, new pairs; see Tick
+Results = Generator[tuple[Item, Result | None, str | None], None, None]
+
+TIMEOUT = 120.0  # seconds: the slowest method takes 20 s for a pair of megapixels
+DIED = "its worker process died"
+STALLED = "no progress for"
+_NO_START = (
+    "{} while it started; a script that computes with several processes needs the usual "
+    '`if __name__ == "__main__":`'
+)
+_TELL = 0.2  # seconds between two messages of a worker
 
 
 def run(
     items: Sequence[Item],
     job: Job[Item, Result],
     workers: int,
-    pairs: Callable[[int], None],
-) -> Iterator[tuple[Item, Result | None, str | None]]:
+    report: Report[Item],
+    timeout: float = TIMEOUT,
+) -> Results[Item, Result]:
     """Yield (item, result, None), or (item, None, reason) where a worker died, as they finish.
 
+    Close the iterator (`contextlib.closing`) to end the workers at once.
+
     Args:
-        items: what to work on; picklable if `workers` > 1, as is `job`.
+        items: what to work on; picklable if `workers` > 0, as is `job`.
         job: called as job(item, tick).
-        workers: number of processes; 1 works in this one.
-        pairs: told from time to time how many ticks there have been in all.
+        workers: number of processes; 0 works in this one, which cannot survive a crash or a hang.
+        report: told from time to time what ticks there have been.
+        timeout: seconds without a tick after which a worker is killed; 0: never.
 
     Raises:
-        Whatever a job raises; work that has not begun is then dropped.
+        RuntimeError: worker processes cannot be started.
+        Whatever a job raises; the other jobs are then ended.
     """
-    if workers > 1:
-        yield from _in_pool(deque(items), job, workers, pairs)
+    if workers > 0:
+        yield from _in_processes(deque(items), job, workers, report, timeout)
         return
-    count = 0
-
-    def tick() -> None:
-        nonlocal count
-        count += 1
-        pairs(count)
-
     for item in items:
+
+        def tick(share: float = 0.0, pairs: int = 0, item: Item = item) -> None:
+            report(item, share, pairs)
+
         yield item, job(item, tick), None
 
 
-def _in_pool(
+def _in_processes(
     queue: deque[Item],
     job: Job[Item, Result],
     workers: int,
-    pairs: Callable[[int], None],
-) -> Iterator[tuple[Item, Result | None, str | None]]:
-    # Spawn: a fork while OpenCV or PyTorch threads run in the parent can hang.
-    context = get_context("spawn")
-    counter = context.Value("q", 0)
-    while queue:
-        pending: dict[Future[Any], Item] = {}
-        pool = _pool(workers, context, counter)
+    report: Report[Item],
+    timeout: float,
+) -> Results[Item, Result]:
+    team = [_Worker(job) for _ in range(min(workers, len(queue)))]
+    try:
+        while queue or any(worker.busy for worker in team):
+            for index, worker in enumerate(team):
+                if worker.busy or not queue:
+                    continue
+                if not worker.give(queue[0]):  # it died while it waited
+                    worker.end()
+                    team[index] = worker = _Worker(job)
+                    if not worker.give(queue[0]):
+                        raise RuntimeError(_NO_START.format(worker.why_dead()))
+                queue.popleft()
+            started = time.monotonic()
+            ready = connection.wait([worker.pipe for worker in team if worker.busy], timeout=0.5)
+            # Only what was waited here counts, else a job that was stopped for a while (Ctrl-Z)
+            # would lose all its workers.
+            waited = min(time.monotonic() - started, 1.0)
+            for worker in [worker for worker in team if worker.busy]:
+                reason = None
+                if worker.pipe in ready:
+                    worker.idle = 0.0
+                    try:
+                        kind, *content = worker.pipe.recv()
+                    except (EOFError, OSError):
+                        kind, reason = "dead", worker.why_dead()
+                        # Not if it was killed: that may happen to any process at any time.
+                        if not worker.ready and (worker.process.exitcode or 0) > 0:
+                            raise RuntimeError(_NO_START.format(reason)) from None
+                    if kind == "ready":
+                        worker.ready = True
+                    elif kind == "tick":
+                        report(worker.item, *content)
+                    elif kind == "done":
+                        yield worker.free(), content[0], None
+                    elif kind == "error":
+                        raise content[0]
+                else:
+                    worker.idle += waited
+                    if timeout and worker.idle > timeout:
+                        reason = f"{STALLED} {timeout:g} s: given up (see timeout)"
+                if reason is not None:
+                    worker.end()  # replaced when there is something to give it
+                    yield worker.free(), None, reason
+    finally:
+        for worker in team:
+            worker.process.kill()
+        for worker in team:
+            worker.end()
+
+
+class _Worker:
+    """A worker process as its parent sees it."""
+
+    def __init__(self, job: Job[Any, Any]) -> None:
+        # Spawn: a fork while threads of OpenCV or PyTorch run in the parent can hang.
+        context = get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, job), daemon=True)
+        self.busy = self.ready = False
+        self.item: Any = None
+        self.idle = 0.0  # seconds without a sign of life
+        with _no_interrupt():
+            self.process.start()
+        theirs.close()  # so that the pipe ends when the process does
+
+    def give(self, item: Any) -> bool:  # noqa: ANN401
+        """Hand over an item; False if the process is dead."""
         try:
-            while queue or pending:
-                while queue and len(pending) < 2 * workers:
-                    # Not taken from the queue before it is accepted: the pool may be broken.
-                    future = pool.submit(_call, job, queue[0])
-                    pending[future] = queue.popleft()
-                done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-                pairs(counter.value)
-                for future in done:
-                    result = future.result()
-                    yield pending.pop(future), result, None
-        except BrokenProcessPool:
-            pass  # one of `pending` killed its process, and with it the pool
-        finally:
-            pool.shutdown(cancel_futures=True)
-        for item in pending.values():  # one by one, so that the guilty one shows itself
-            with _pool(1, context, counter) as single:
-                try:
-                    yield item, single.submit(_call, job, item).result(), None
-                except BrokenProcessPool:
-                    yield item, None, _DIED
+            self.pipe.send(item)
+        except OSError:
+            return False
+        self.item, self.busy, self.idle = item, True, 0.0
+        return True
+
+    def free(self) -> Any:  # noqa: ANN401
+        """Forget the item and return it."""
+        item, self.item, self.busy = self.item, None, False
+        return item
+
+    def why_dead(self) -> str:
+        """Say how the process ended."""
+        self.process.join(5)
+        code = self.process.exitcode
+        if code is None or code >= 0:
+            return f"{DIED} (exit code {code})"
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        hint = "killed, maybe for want of memory" if name == "SIGKILL" else "a crash in a library"
+        return f"{DIED} ({name}: {hint})"
+
+    def end(self) -> None:
+        """Kill the process; what it had begun to write is no finished shard."""
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
 
 
-def _pool(workers: int, context: SpawnContext, counter: object) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, context, initializer=_share, initargs=(counter,))
+class _no_interrupt:
+    """Processes started in the block do not see Ctrl-C: their parent ends them."""
 
+    def __enter__(self) -> None:
+        if hasattr(signal, "pthread_sigmask"):
+            from multiprocessing import resource_tracker
 
-_counter: Any = None  # in a worker process: the number of pairs made by all of them
-
-
-def _share(counter: object) -> None:
-    global _counter
-    _counter = counter
-
-
-def _tick() -> None:
-    with _counter.get_lock():
-        _counter.value += 1
-
-
-def _call(job: Job[Item, Result], item: Item) -> Result:
-    return job(item, _tick)
-
-
-class Bar:
-    """A progress bar on stderr: sources done, time left, pairs and pairs a second."""
-
-    def __init__(self, total: int, enabled: bool) -> None:
-        """Show nothing if not `enabled`."""
-        self._bar: Any = None
-        if enabled:
-            try:
-                from tqdm import tqdm
-            except ImportError as error:
-                raise ImportError("the progress bar needs tqdm: pip install tqdm") from error
-            self._bar = tqdm(total=total, unit="video", dynamic_ncols=True)
-
-    def __enter__(self) -> Bar:
-        """Return the bar."""
-        return self
+            resource_tracker.ensure_running()  # starting it would unblock the signal again
+            self._before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
     def __exit__(self, *error: object) -> None:
-        """Leave the last state on the screen."""
-        if self._bar is not None:
-            self._bar.close()
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
 
-    def pairs(self, count: int) -> None:
-        """Show the number of pairs made so far."""
-        if self._bar is not None:
-            rate = count / max(self._bar.format_dict["elapsed"], 1e-9)
-            self._bar.set_postfix_str(f"{count} pairs, {rate:.1f} pairs/s", refresh=False)
-            self._bar.update(0)
 
-    def source_done(self) -> None:
-        """Count one source."""
-        if self._bar is not None:
-            self._bar.update(1)
+def _work(pipe: connection.Connection, job: Job[Any, Any]) -> None:
+    """Do what comes through the pipe, until it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    # Before PyTorch or numba are loaded: one thread in each of the processes.
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        os.environ[variable] = "1"
+    made, told = 0, 0.0
+
+    def tick(share: float = 0.0, pairs: int = 0) -> None:
+        nonlocal made, told
+        made += pairs
+        now = time.monotonic()
+        if now - told >= _TELL:
+            pipe.send(("tick", share, made))
+            made, told = 0, now
+
+    pipe.send(("ready",))
+    with suppress(EOFError, OSError):  # the parent has gone
+        while True:
+            item = pipe.recv()
+            try:
+                result = job(item, tick)
+            except Exception as error:
+                pipe.send(("error", _picklable(error)))
+                continue
+            told = 0.0
+            tick(1.0)
+            pipe.send(("done", result))
+
+
+def _die_with_parent() -> None:
+    """End this process as soon as its parent has ended, even if it was killed."""
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def _picklable(error: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

@@ -5,25 +5,75 @@ The format is described in docs/store.md.
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import io
 import json
 import os
+import re
 import tarfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
-VERSION = 1
+try:
+    import fcntl
+except ImportError:  # Windows, which lets nobody rename or remove a file that is open
+    fcntl = None  # type: ignore[assignment]
+
+VERSION = 2
 MEND = "delete this file and run the same `ssl-flow flow` command again"
+INDEX_SUFFIX = ".index.json"
 _BLOCK = 512  # a tar is made of blocks of this many bytes
+# Bytes of a file name: most systems allow 255; ours get up to 16 more (".", ".index.json", ".tmp").
+_LONGEST_NAME = 200
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 class StoreError(ValueError):
     """A store is missing, damaged, or made with other settings; the message says what to do."""
 
 
-def member_names(consistency: bool) -> list[str]:
+class BusyError(StoreError):
+    """Another process is writing the same file at this moment."""
+
+
+def member_names(codec: str, consistency: bool) -> list[str]:
     """Return the file name extensions of one sample's members, in their order in the tar."""
-    return ["jpg", "flow.png", *(["valid.png"] if consistency else []), "json"]
+    flow = "flow.png" if codec == "png" else f"flow.{codec}"
+    return ["jpg", flow, *(["valid.png"] if consistency else []), "json"]
+
+
+def safe_name(source: str) -> str:
+    r"""Return the relative path, without extension, of a source's files in a store.
+
+    It is the source's own name unless a part of that is too long for a file name or holds what
+    other systems and tools refuse (control characters, bytes that are not UTF-8): such a part is
+    cleaned, shortened, and made unique by a hash of the whole name.
+
+    >>> safe_name("clips/tom/a.mp4")
+    'clips/tom/a.mp4'
+    >>> safe_name("clips/two\nlines.mp4")
+    'clips/two_lines.mp4-a645ad3f9462d999'
+
+    Raises:
+        ValueError: the name would lead out of the store.
+    """
+    parts = PurePosixPath(source).parts
+    if not parts or source.startswith("/") or ".." in parts or "\0" in source:
+        raise ValueError(f"{source!r} cannot name a source: it must be a relative path")
+    digest = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return "/".join(_safe_part(part, digest) for part in parts)
+
+
+def _safe_part(part: str, digest: str) -> str:
+    clean = _UNSAFE.sub("_", part)
+    if clean == part and len(part.encode()) <= _LONGEST_NAME:
+        return part
+    room = _LONGEST_NAME - len(digest) - 1
+    return f"{clean.encode()[:room].decode('utf-8', 'ignore')}-{digest}"
 
 
 def shard_path(store: Path, source: str) -> Path:
@@ -32,15 +82,22 @@ def shard_path(store: Path, source: str) -> Path:
     Raises:
         ValueError: the name would lead out of the store.
     """
-    parts = PurePosixPath(source).parts
-    if not parts or source.startswith("/") or ".." in parts or "\0" in source:
-        raise ValueError(f"{source!r} cannot name a source: it must be a relative path")
-    return store / "shards" / f"{source}.tar"
+    return store / "shards" / f"{safe_name(source)}.tar"
 
 
 def index_path(store: Path, source: str) -> Path:
     """Return where the index of a source's shard lies."""
-    return shard_path(store, source).with_suffix(".index.json")
+    return shard_path(store, source).with_suffix(INDEX_SUFFIX)
+
+
+def index_files(store: Path) -> list[Path]:
+    """Return the indexes of all finished shards of a store, in the order of their names."""
+    return sorted(store.glob(f"shards/**/*{INDEX_SUFFIX}"))
+
+
+def shard_of(index_file: Path) -> Path:
+    """Return the shard that an index file belongs to."""
+    return index_file.with_name(index_file.name.removesuffix(INDEX_SUFFIX) + ".tar")
 
 
 def read_index(file: Path) -> dict[str, Any]:
@@ -50,10 +107,16 @@ def read_index(file: Path) -> dict[str, Any]:
         StoreError: it is not readable.
     """
     try:
-        index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return index
+        index = json.loads(file.read_text(encoding="utf-8"))
+        wanted = {"source": str, "tar_bytes": int, "pairs": int, "samples": list}
+        if not isinstance(index, dict):
+            raise ValueError("not a JSON object")
+        for key, kind in wanted.items():
+            if not isinstance(index.get(key), kind):
+                raise ValueError(f"no {key}")
     except ValueError as error:
         raise StoreError(f"{file} is damaged ({error}): {MEND}") from error
+    return index
 
 
 def check_size(store: Path, index: Mapping[str, Any]) -> None:
@@ -62,20 +125,86 @@ def check_size(store: Path, index: Mapping[str, Any]) -> None:
     Raises:
         StoreError: it is not, or there is none.
     """
-    shard = shard_path(store, index["source"])
+    check_shard_size(shard_path(store, index["source"]), index)
+
+
+def check_shard_size(shard: Path, index: Mapping[str, Any]) -> None:
+    """Do what `check_size` does for the shard at a known place."""
     found = shard.stat().st_size if shard.exists() else 0
     if found != index["tar_bytes"]:
         raise StoreError(f"{shard} has {found} bytes instead of {index['tar_bytes']}: {MEND}")
 
 
+def open_temporary(path: Path, wait: bool = False) -> IO[bytes]:
+    """Open an empty file beside `path`, to be written and then renamed to it by `put_in_place`.
+
+    Its name depends on `path` alone, so that what a killed process leaves behind is used up by the
+    next one. A lock, where the file system has them, keeps two processes from writing it at once.
+
+    Args:
+        path: the final place.
+        wait: for another process to finish, instead of raising.
+
+    Raises:
+        BusyError: another process is writing the same.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    while True:
+        file = temporary.open("ab")  # not "wb", which would empty what another process writes
+        if fcntl is None:
+            break
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.close()
+            raise BusyError(f"{path} is being written by another process") from None
+        except OSError:
+            break  # a file system without locks
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), temporary.stat()):
+                break
+        file.close()  # the other process renamed it between our two lines: look again
+    file.truncate(0)
+    return file
+
+
+def put_in_place(file: IO[bytes], path: Path) -> None:
+    """Rename what `open_temporary` opened to `path`, so that it survives a loss of power."""
+    file.flush()
+    os.fsync(file.fileno())
+    if os.name == "nt":  # Windows renames no open file, and syncs no folder
+        file.close()
+        Path(file.name).replace(path)
+        return
+    Path(file.name).replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # or the new name may be lost
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # "cannot", not "failed"
+            raise
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Write a file that appears at `path` complete, at the end of the block, or not at all."""
+    file = open_temporary(path, wait=True)
+    try:
+        yield file
+        put_in_place(file, path)
+    except BaseException:
+        Path(file.name).unlink(missing_ok=True)
+        raise
+    finally:
+        file.close()
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that it is there completely or not at all, whenever the power fails."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    with replacing(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 class ShardWriter:
@@ -86,13 +215,21 @@ class ShardWriter:
     """
 
     def __init__(self, store: Path, source: str) -> None:
-        """Open a temporary file beside the shard's place."""
+        """Open a temporary file beside the shard's place.
+
+        Raises:
+            ValueError: the name would lead out of the store.
+            BusyError: another process is writing the same shard.
+            OSError: the store cannot be written.
+        """
         self._store, self._source = store, source
         self._path = shard_path(store, source)
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open_temporary(self._path)
+        self._committed = False
         index_path(store, source).unlink(missing_ok=True)
-        self._temporary = self._path.with_name(f".{self._path.name}.tmp")
-        self._file = self._temporary.open("wb")
+        self._position = 0
+        self._sha256 = hashlib.sha256()
         self._samples: list[list[str | int]] = []
 
     def __enter__(self) -> ShardWriter:
@@ -101,31 +238,38 @@ class ShardWriter:
 
     def __exit__(self, *error: object) -> None:
         """Remove the temporary file, if `commit` has not renamed it."""
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        # Before it is closed, which frees the name for another process.
+        if not self._committed:
+            Path(self._file.name).unlink(missing_ok=True)
+        with suppress(OSError):  # a full disk, said already by the write that failed
+            self._file.close()
 
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
         """Append one sample: extension -> contents."""
         row: list[str | int] = [key]
+        block = io.BytesIO()
         for extension, data in members.items():
             info = tarfile.TarInfo(f"{key}.{extension}")  # owner and time are 0 by default
             info.size = len(data)
-            self._file.write(info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape"))
-            row += [self._file.tell(), len(data)]
-            self._file.write(data + bytes(-len(data) % _BLOCK))
+            block.write(info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape"))
+            row += [self._position + block.tell(), len(data)]
+            block.write(data + bytes(-len(data) % _BLOCK))
+        # What is read at once: from the first member's contents to the end of the last one's.
+        start, end = (int(row[1]) - self._position, int(row[-2]) + int(row[-1]) - self._position)
+        row.append(zlib.crc32(block.getbuffer()[start:end]))
+        self._write(block.getvalue())
         self._samples.append(row)
 
     def commit(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Put the tar in its place and write the index, with `facts` in it; return the index."""
-        self._file.write(bytes(2 * _BLOCK))  # the end of a tar
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        size = self._file.tell()
-        self._temporary.replace(self._path)
+        self._write(bytes(2 * _BLOCK))  # the end of a tar
+        put_in_place(self._file, self._path)
+        self._committed = True
         index = {
             "version": VERSION,
             "source": self._source,
-            "tar_bytes": size,
+            "tar_bytes": self._position,
+            "sha256": self._sha256.hexdigest(),
             "pairs": len(self._samples),
             **facts,
             "samples": self._samples,
@@ -133,3 +277,8 @@ class ShardWriter:
         data = json.dumps(index, separators=(",", ":")).encode()
         write_atomically(index_path(self._store, self._source), data)
         return index
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._sha256.update(data)
+        self._position += len(data)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from .video import IMAGE_EXTENSIONS, Frame, image_files, read_frames
+from .video import IMAGE_EXTENSIONS, Frame, image_files, read_frames, why_no_file
 
 # fmt: off
 VIDEO_EXTENSIONS = (
@@ -40,6 +41,51 @@ class Problem:
     reason: str
 
 
+@dataclass(frozen=True)
+class Fingerprint:
+    """Tells whether a source is still what it was: `files` is a hash of an image folder's list."""
+
+    bytes: int | None
+    files: str | None = None
+
+
+def fingerprint(source: Source) -> Fingerprint:
+    """Return size, and for an image folder a hash of names and sizes, without reading contents.
+
+    Times of files are left out: a copied collection is the same collection.
+
+    Raises:
+        OSError: the source has gone.
+    """
+    if source.path is None:
+        return Fingerprint(None)
+    if not source.path.is_dir():
+        return Fingerprint(source.path.stat().st_size)
+    total, names = 0, hashlib.sha256()
+    for file in image_files(source.path):
+        size = file.stat().st_size if file.exists() else 0  # 0: a link to nothing
+        total += size
+        names.update(os.fsencode(file.name) + b"\0%d\n" % size)
+    return Fingerprint(total, names.hexdigest()[:16])
+
+
+def part_of(sources: Sequence[Source], number: int, count: int) -> list[Source]:
+    """Return part `number` (1 ... `count`) of the sources; all parts together are all of them.
+
+    A hash of its name decides where a source belongs: it stays there when others are added.
+
+    Raises:
+        ValueError: `number` is not from 1 to `count`.
+    """
+    if not 1 <= number <= count:
+        raise ValueError(f"part {number} of {count}: the first part is 1, the last is {count}")
+    return [source for source in sources if _hash(source.name) % count == number - 1]
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big")
+
+
 def find_sources(paths: Iterable[str | Path]) -> tuple[list[Source], list[Problem]]:
     """Find the videos and frame folders at and below `paths`.
 
@@ -48,7 +94,7 @@ def find_sources(paths: Iterable[str | Path]) -> tuple[list[Source], list[Proble
     own name first (`clips/tom/a.mp4`), so equal file names in two folders do not collide.
 
     Returns:
-        The sources sorted by name, and what looks like a video but is no regular, readable file.
+        The sources sorted by name, and what looks like a video but is no file that can be read.
 
     Raises:
         FileNotFoundError: one of `paths` does not exist.
@@ -90,22 +136,37 @@ def find_sources(paths: Iterable[str | Path]) -> tuple[list[Source], list[Proble
 def _search(root: Path, problems: list[Problem]) -> list[Path]:
     """Return the videos and frame folders below `root`; hidden files and folders are left out."""
     files: list[Path] = []
+    searched: set[tuple[int, int]] = set()  # by device and inode: links may lead in circles
+
+    def problem(path: Path, reason: str) -> None:
+        problems.append(Problem(path.relative_to(root.parent).as_posix(), reason))
 
     def unreadable(error: OSError) -> None:
-        problems.append(Problem(str(error.filename), f"cannot be listed: {error.strerror}"))
+        problem(Path(error.filename), f"cannot be listed: {error.strerror}")
 
-    for folder, subfolders, names in os.walk(root, onerror=unreadable):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+    for folder, subfolders, names in os.walk(root, onerror=unreadable, followlinks=True):
         here = Path(folder)
-        videos = [here / n for n in sorted(names) if Path(n).suffix.lower() in VIDEO_EXTENSIONS]
-        videos = [video for video in videos if not video.name.startswith(".")]
-        if not videos and image_files(here):
+        status = here.stat()
+        if (status.st_dev, status.st_ino) in searched:
+            problem(here, "a link to a folder that is searched already")
+            subfolders.clear()
+            continue
+        searched.add((status.st_dev, status.st_ino))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        videos = [here / name for name in sorted(names) if _is_video_name(name)]
+        if videos:
+            for video in videos:
+                reason = why_no_file(video)
+                if reason is None:
+                    files.append(video)
+                else:
+                    problem(video, reason)
+        elif image_files(here):
             files.append(here)
-        for video in videos:
-            if video.is_file():
-                files.append(video)
-            else:  # a dangling link, or a pipe that would block for ever
-                problems.append(
-                    Problem(video.relative_to(root.parent).as_posix(), "not a regular file")
-                )
+        elif _is_video_name(here.name) and not subfolders:
+            problem(here, "not a regular file (a folder)")
     return files
+
+
+def _is_video_name(name: str) -> bool:
+    return not name.startswith(".") and Path(name).suffix.lower() in VIDEO_EXTENSIONS

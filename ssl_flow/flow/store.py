@@ -6,8 +6,11 @@ The format is described in docs/store.md.
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import json
+import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +19,25 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from .codec import decode_flow
+from .codec import CODECS, decode_flow
 from .estimators import flow_validity
-from .shard import MEND, VERSION, StoreError, check_size, member_names, read_index, shard_path
+from .shard import (
+    INDEX_SUFFIX,
+    MEND,
+    VERSION,
+    StoreError,
+    check_shard_size,
+    index_files,
+    index_path,
+    member_names,
+    read_index,
+    replacing,
+    shard_of,
+)
 
 SETTINGS_FILE = "store.json"
+MANIFEST_FILE = "manifest.jsonl"
+DUPLICATES_FILE = "duplicates.json"  # source -> the one it is a copy of
 
 
 @dataclass
@@ -45,6 +62,7 @@ class FlowStore:
     Args:
         path: the store's folder.
         include: names of sources, or patterns such as "clips/*" (one or several); None takes all.
+        duplicates: also take sources that the extraction found to be copies of others.
 
     Raises:
         StoreError: no store at `path`, a newer version, a shard that is incomplete, or an entry of
@@ -54,33 +72,42 @@ class FlowStore:
     settings: dict[str, Any]
     sources: list[str]
 
-    def __init__(self, path: str | Path, include: str | Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        include: str | Sequence[str] | None = None,
+        duplicates: bool = False,
+    ) -> None:
         """Read the settings and the indexes of all shards."""
         include = [include] if isinstance(include, str) else include
         self.path = Path(path)
         self.settings = read_settings(self.path)
-        indexes = [read_index(file) for file in sorted(self.path.glob("shards/**/*.index.json"))]
-        names = [index["source"] for index in indexes]
+        indexes = [(file, read_index(file)) for file in index_files(self.path)]
+        names = [index["source"] for _, index in indexes]
         for pattern in include or ():
             if not any(_matches(name, pattern) for name in names):
                 raise StoreError(f"{path}: no source matches {pattern!r}; there are {names[:10]}")
+        copies = {} if duplicates else read_duplicates(self.path)
         self.sources = []
-        rows = [np.empty((0, 1 + 2 * len(self._members)), np.int64)]
-        for index in indexes:
+        self._files: list[str] = []  # of the indexes, relative to the store
+        rows = [np.empty((0, 2 + 2 * len(self._members)), np.int64)]
+        for file, index in indexes:
             name = index["source"]
             if include is not None and not any(_matches(name, pattern) for pattern in include):
                 continue
-            check_size(self.path, index)
-            if index["samples"]:
-                table = np.array([sample[1:] for sample in index["samples"]], np.int64)
-                rows.append(np.insert(table, 0, len(self.sources), axis=1))
+            if copies.get(name) in names:
+                continue
+            check_shard_size(shard_of(file), index)
+            table = _sample_table(self.path, file, index, self._members)
+            rows.append(np.insert(table, 0, len(self.sources), axis=1))
             self.sources.append(name)
-        # One row a sample: number of the source, then offset and size of each member.
+            self._files.append(str(file.relative_to(self.path)))
+        # One row a sample: number of the source, offset and size of each member, checksum.
         self._rows = np.concatenate(rows)
 
     @property
     def _members(self) -> list[str]:
-        return member_names(bool(self.settings["consistency"]))
+        return _member_names(self.settings)
 
     @property
     def source_numbers(self) -> NDArray[np.int64]:
@@ -97,42 +124,195 @@ class FlowStore:
 
         Raises:
             IndexError: no pair of this number.
-            StoreError: the shard has been damaged since the store was opened.
+            StoreError: the shard has been damaged since the store was opened, or a byte of this
+                pair since it was written; the message names shard and pair.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"pair {index} of a store with {len(self)} pairs")
         number, *places = (int(value) for value in self._rows[index])
-        shard = shard_path(self.path, self.sources[number])
-        start, end = places[0], places[-2] + places[-1]  # the members of a sample are adjacent
-        with shard.open("rb") as file:
-            file.seek(start)
-            data = file.read(end - start)
+        file = self.path / self._files[number]
         try:
-            if len(data) < end - start:
-                raise ValueError("the file is too short")
-            offsets, sizes = places[::2], places[1::2]
-            members = {
-                name: data[offset - start : offset - start + size]
-                for name, offset, size in zip(self._members, offsets, sizes, strict=True)
+            return _decode(_read_members(shard_of(file), places, self._members))
+        except (ValueError, OSError, cv2.error) as error:
+            first = int(np.searchsorted(self._rows[:, 0], number))
+            key = f"pair {index % len(self) - first}"
+            with suppress(OSError, StoreError):
+                key = read_index(file)["samples"][index % len(self) - first][0]
+            raise StoreError(f"{shard_of(file)} is damaged ({key}: {error}): {MEND}") from error
+
+
+def read_duplicates(store: Path) -> dict[str, str]:
+    """Read which sources are copies of others: source -> the original; {} if nothing was found.
+
+    Raises:
+        StoreError: the file is damaged.
+    """
+    file = store / DUPLICATES_FILE
+    try:
+        found: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
+        return found
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise StoreError(
+            f"{file} is damaged ({error}): delete it and run the same `ssl-flow flow` command again"
+        ) from error
+
+
+def verify(store: str | Path, deep: bool = True) -> dict[str, str]:
+    """Look for damage in a store: shard or index, relative to the store -> what is wrong with it.
+
+    Args:
+        store: the store's folder.
+        deep: read everything and compare it with the checksums; in a version-1 store, which has
+            none, decode each pair. Otherwise only look at the indexes and the shards' sizes.
+
+    Raises:
+        StoreError: no store there, or a newer version.
+    """
+    path = Path(store)
+    members = _member_names(read_settings(path))
+    damage = {}
+    files = index_files(path)
+    for file in files:
+        shard = shard_of(file)
+        try:
+            index = read_index(file)
+            table = _sample_table(path, file, index, members)
+        except StoreError as error:
+            damage[str(file.relative_to(path))] = str(error)
+            continue
+        try:
+            check_shard_size(shard, index)
+            if deep:
+                _check_contents(shard, index, table, members)
+        except (StoreError, OSError) as error:
+            damage[str(shard.relative_to(path))] = str(error)
+    for shard in sorted({*path.glob("shards/**/*.tar")} - {shard_of(file) for file in files}):
+        if shard.is_file():
+            reason = f"{shard} is unfinished, it has no *{INDEX_SUFFIX}: {MEND}"
+            damage[str(shard.relative_to(path))] = reason
+    return damage
+
+
+def write_manifest(store: str | Path) -> int:
+    """Write manifest.jsonl, one line a finished source, from the indexes; return the number.
+
+    The indexes are the truth: after a killed call the manifest is merely older than they are.
+
+    Raises:
+        StoreError: an index is damaged.
+        OSError: the store cannot be written.
+    """
+    path = Path(store)
+    files = index_files(path)
+    with replacing(path / MANIFEST_FILE) as manifest:
+        for file in files:
+            index = read_index(file)
+            line = {
+                "source": index["source"],
+                "shard": str(shard_of(file).relative_to(path)),
+                "bytes": index["tar_bytes"],
+                "sha256": index.get("sha256"),  # version 1 has none
+                "pairs": index["pairs"],
             }
-            return _decode(members)
-        except ValueError as error:
-            raise StoreError(f"{shard} is damaged ({error}): {MEND}") from error
+            manifest.write(json.dumps(line).encode() + b"\n")
+    return len(files)
+
+
+def _member_names(settings: Mapping[str, Any]) -> list[str]:
+    # Version 1 knew one codec and did not name it.
+    return member_names(settings.get("codec", "png"), bool(settings["consistency"]))
+
+
+def _sample_table(
+    store: Path, file: Path, index: Mapping[str, Any], members: Sequence[str]
+) -> NDArray[np.int64]:
+    """Check an index; (pairs, 2 members + 1): offset and size of each member, checksum or -1."""
+    columns = 2 * len(members)
+    checked = index.get("version", 1) >= 2
+    try:
+        table = np.empty((0, columns + checked), np.int64)
+        if index["samples"]:
+            table = np.array([sample[1:] for sample in index["samples"]], np.int64)
+        if table.shape != (index["pairs"], columns + checked):
+            raise ValueError(f"{index['pairs']} pairs of {len(members)} members expected")
+        if not checked:
+            table = np.insert(table, columns, -1, axis=1)
+        elif index_path(store, index["source"]) != file:
+            raise ValueError(f"it is that of {index['source']!r}")
+        # Members lie one after the other inside the tar, or a read would be too large or half.
+        bounds = np.zeros((len(table), 1 + columns), np.int64)
+        bounds[:, :-1] = table[:, :columns]
+        bounds[:, 1:-1:2] += bounds[:, :-1:2]  # offset, size -> start, end
+        bounds[:, -1] = index["tar_bytes"]
+        if (np.diff(bounds, axis=1) < 0).any() or (table[:, :columns] < 0).any():
+            raise ValueError("a member lies outside the tar")
+    except (ValueError, TypeError, OverflowError, IndexError) as error:
+        raise StoreError(f"{file} is damaged ({error}): {MEND}") from error
+    return table
+
+
+def _read_members(shard: Path, row: Sequence[int], members: Sequence[str]) -> dict[str, bytes]:
+    """Read the members of one row of a `_sample_table`; ValueError if they are not as written."""
+    *places, crc = row
+    offsets, sizes = places[::2], places[1::2]
+    start, end = offsets[0], offsets[-1] + sizes[-1]  # the members of a sample are adjacent
+    with shard.open("rb") as file:
+        file.seek(start)
+        data = file.read(end - start)
+    if len(data) < end - start:
+        raise ValueError("the file is too short")
+    if crc >= 0 and zlib.crc32(data) != crc:
+        raise ValueError("its checksum is wrong")
+    return {
+        name: data[offset - start : offset - start + size]
+        for name, offset, size in zip(members, offsets, sizes, strict=True)
+    }
+
+
+def _check_contents(
+    shard: Path, index: Mapping[str, Any], table: NDArray[np.int64], members: Sequence[str]
+) -> None:
+    wrong = []
+    if "sha256" in index:
+        with shard.open("rb") as file:
+            digest = hashlib.sha256()
+            while block := file.read(2**20):
+                digest.update(block)
+        if digest.hexdigest() == index["sha256"]:
+            return
+        wrong.append("its sha256 is not that of the index")
+    for sample, row in zip(index["samples"], table.tolist(), strict=True):
+        try:
+            _decode(_read_members(shard, row, members))
+        except (ValueError, cv2.error) as error:
+            wrong.append(f"{sample[0]}: {error}")
+    if wrong:
+        shown = "; ".join([*wrong[:5], *([f"{len(wrong) - 5} more"] if len(wrong) > 5 else [])])
+        raise StoreError(f"{shard} is damaged ({shown}): {MEND}")
 
 
 def _decode(members: Mapping[str, bytes]) -> Sample:
-    bgr = cv2.imdecode(np.frombuffer(members["jpg"], np.uint8), cv2.IMREAD_COLOR)
-    if bgr is None:
-        raise ValueError("not a JPEG frame")
-    flow = decode_flow(members["flow.png"])
+    bgr = _image(members["jpg"], cv2.IMREAD_COLOR, "JPEG frame")
+    flow = decode_flow(next(data for name, data in members.items() if name.startswith("flow.")))
     valid = flow_validity(flow)
     if "valid.png" in members:
-        mask = cv2.imdecode(np.frombuffer(members["valid.png"], np.uint8), cv2.IMREAD_GRAYSCALE)
-        if mask is None:
-            raise ValueError("not a PNG mask")
+        mask = _image(members["valid.png"], cv2.IMREAD_GRAYSCALE, "PNG mask")
+        if mask.shape != valid.shape:
+            raise ValueError(f"mask of {mask.shape}, flow of {valid.shape}")
         valid &= mask > 0
     frame = np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), dtype=np.uint8)
+    if frame.shape[:2] != valid.shape:
+        raise ValueError(f"frame of {frame.shape[:2]}, flow of {valid.shape}")
     return Sample(frame, flow, valid, json.loads(members["json"]))
+
+
+def _image(data: bytes, kind: int, what: str) -> NDArray[Any]:
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), kind) if data else None
+    if image is None:
+        raise ValueError(f"not a {what}")
+    return image
 
 
 def read_settings(store: Path) -> dict[str, Any]:
@@ -153,6 +333,8 @@ def read_settings(store: Path) -> dict[str, Any]:
         raise StoreError(
             f"{store} has format version {version}, this ssl_flow reads up to {VERSION}: update it"
         )
+    if settings.get("codec", "png") not in CODECS:
+        raise StoreError(f"{store}: codec {settings['codec']!r} is unknown; known: {CODECS}")
     return settings
 
 

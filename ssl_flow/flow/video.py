@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
+from io import BytesIO
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -18,6 +22,9 @@ if TYPE_CHECKING:
     from av.container import InputContainer
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+# A damaged or malicious header can claim any size: it is refused before memory is asked for it.
+MAX_SIDE = 16384  # pixels, as libavcodec's H.264 decoder
+MAX_PIXELS = 2**28
 
 
 class VideoError(ValueError):
@@ -26,10 +33,22 @@ class VideoError(ValueError):
 
 @dataclass
 class Frame:
-    """One picture of a video: `time` in seconds, `image` (H, W, 3) RGB uint8."""
+    """One picture of a video: `time` in seconds, `image` (H, W, 3) RGB uint8.
+
+    `share` tells how much of the video lies behind it, 0 to 1, for a progress bar; 0 if unknown.
+    """
 
     time: float
     image: NDArray[np.uint8]
+    share: float = 0.0
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a video says about itself, before anything is decoded; None where it does not say."""
+
+    seconds: float | None
+    frames: int | None
 
 
 def read_frames(
@@ -37,7 +56,8 @@ def read_frames(
 ) -> Iterator[Frame]:
     """Yield the frames of a video file, or of a folder of images, in order of display.
 
-    Damaged parts are left out and reading goes on behind them. Only when the last good frame has
+    Damaged parts are left out, with all that is predicted from them: reading goes on at the next
+    key frame. Only when the last good frame has
     been yielded does a `VideoError` say what was wrong: catch it to keep what could be read.
 
     Args:
@@ -47,7 +67,8 @@ def read_frames(
         folder_fps: frames a second of an image folder, which has no times of its own.
 
     Yields:
-        `Frame`s as they are to be displayed (rotation applied), with strictly increasing times.
+        `Frame`s as they are to be displayed (rotation and pixel aspect applied), with strictly
+        increasing times.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
@@ -55,14 +76,52 @@ def read_frames(
         ImportError: PyAV is not installed (it is needed for video files only).
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no such video or folder: {path}")
     if path.is_dir():
         yield from _read_folder(path, short_side, folder_fps)
-    elif path.is_file():
-        yield from _read_video(path, short_side)
-    else:  # opening a pipe would wait for ever
-        raise VideoError(f"not a regular file: {path}")
+        return
+    reason = why_no_file(path)
+    if reason == NOTHING:
+        raise FileNotFoundError(f"no such video or folder: {path}")
+    if reason is not None:  # opening a pipe would wait for ever
+        raise VideoError(f"{reason}: {path}")
+    yield from _read_video(path, short_side)
+
+
+def read_header(path: str | Path, folder_fps: float = 24.0) -> Header:
+    """Return what a video, or a folder of images, says about its length; cheap.
+
+    Raises:
+        VideoError: it cannot be opened, or has no video.
+    """
+    path = Path(path)
+    if path.is_dir():
+        count = len(image_files(path))
+        return Header(count / folder_fps, count)
+    reason = why_no_file(path)
+    if reason is not None:
+        raise VideoError(f"{reason}: {path}")
+    with _opened(path) as (container, stream):
+        seconds = _seconds(container, stream)
+        rate = stream.average_rate or stream.guessed_rate
+        frames = stream.frames or (round(seconds * rate) if seconds and rate else None)
+        return Header(seconds, frames)
+
+
+NOTHING = "there is nothing"
+
+
+def why_no_file(path: Path) -> str | None:
+    """Return why `path` is no file that can be read to its end, None if it is one."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return "not a regular file (a link to nothing)" if path.is_symlink() else NOTHING
+    except OSError as error:
+        return f"cannot be reached ({error.strerror})"  # a loop of links, a folder that is locked
+    if stat.S_ISREG(mode):
+        return None
+    kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device"
+    return f"not a regular file ({kind})"
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -81,23 +140,49 @@ def _numeric_key(path: Path) -> tuple[list[tuple[int, str]], str]:
 
 
 def _read_folder(folder: Path, short_side: int | None, fps: float) -> Iterator[Frame]:
-    unreadable = []
-    for index, file in enumerate(image_files(folder)):
-        data = np.frombuffer(file.read_bytes(), np.uint8)
-        image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
-        if image is None:
-            unreadable.append(file.name)
+    bad: list[str] = []
+    files = image_files(folder)
+    for index, file in enumerate(files):
+        try:
+            image = _read_image(file)
+        except VideoError as error:
+            bad.append(f"{file.name} {error}")
             continue
         width, height = _shrunk(image.shape[1], image.shape[0], short_side)
+        small = image
         if (height, width) != image.shape[:2]:
-            image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-        rgb = np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), dtype=np.uint8)
-        yield Frame(index / fps, rgb)
-    if unreadable:
-        raise VideoError(f"{len(unreadable)} unreadable image(s), the first is {unreadable[0]}")
+            small = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)  # type: ignore
+        rgb = np.asarray(cv2.cvtColor(small, cv2.COLOR_BGR2RGB), dtype=np.uint8)
+        yield Frame(index / fps, rgb, (index + 1) / len(files))
+    if bad:
+        raise VideoError(f"{len(bad)} unusable image(s): {bad[0]}")
 
 
-def _read_video(path: Path, short_side: int | None) -> Iterator[Frame]:
+def _read_image(file: Path) -> NDArray[np.uint8]:
+    """Return the picture, (H, W, 3) BGR."""
+    from PIL import Image
+
+    reason = why_no_file(file)
+    if reason is not None:
+        raise VideoError(f"is {reason}")
+    try:
+        data = file.read_bytes()
+        with Image.open(BytesIO(data)) as header:  # decodes nothing yet
+            _check_size(*header.size)
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except VideoError:
+        raise
+    except Exception as error:  # either library has its own ways to fail on broken files
+        name = type(error).__name__
+        detail = error.strerror if isinstance(error, OSError) and error.strerror else name
+        raise VideoError(f"cannot be read ({detail})") from error
+    if image is None:
+        raise VideoError("cannot be decoded")
+    return np.asarray(image, dtype=np.uint8)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     av = _import_av()
     try:
         # Absolute and with its protocol: FFmpeg would read "a:b.mp4" as protocol "a".
@@ -108,24 +193,39 @@ def _read_video(path: Path, short_side: int | None) -> Iterator[Frame]:
         if not container.streams.video:
             raise VideoError("has no video stream")
         stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        # The next frame is decoded while flow is computed; more threads would fight the workers.
-        stream.codec_context.thread_count = 2
+        if stream.codec_context is None:
+            raise VideoError("no decoder for its codec in the installed PyAV")
+        yield container, stream
+
+
+def _read_video(path: Path, short_side: int | None) -> Iterator[Frame]:
+    av = _import_av()
+    with _opened(path) as (container, stream):
+        _check_size(stream.width, stream.height)
+        # One thread: the workers fill the processor, and what FFmpeg makes of a damaged file would
+        # otherwise depend on how its threads happen to run.
+        stream.codec_context.thread_count = 1
+        # The same limit for pictures that turn out larger than the header said.
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
         damage: list[str] = []
         step = 1.0 / float(stream.average_rate or stream.guessed_rate or 25)
+        seconds, aspect = _seconds(container, stream), stream.sample_aspect_ratio
+        first: float | None = None
         last: float | None = None
-        corrupt = 0
+        left_out = 0
         for raw in _decode(av, container, stream, damage):
+            if raw is None:
+                left_out += 1
+                continue
             time = raw.time
             if last is not None and (time is None or time <= last):
                 time = last + step  # no usable time stamp: count by the frame rate
             last = time or 0.0
-            if raw.is_corrupt:
-                corrupt += 1
-            else:
-                yield Frame(last, _to_rgb(raw, short_side))
-    if corrupt:
-        damage.append(f"{corrupt} frame(s) damaged")
+            first = last if first is None else first
+            share = min((last - first) / seconds, 1.0) if seconds else 0.0
+            yield Frame(last, _to_rgb(raw, short_side, aspect), share)
+    if left_out:
+        damage.append(f"{left_out} frame(s) damaged")
     if last is None:
         raise VideoError("no frame could be decoded" + "".join(f"; {text}" for text in damage))
     if damage:
@@ -134,9 +234,12 @@ def _read_video(path: Path, short_side: int | None) -> Iterator[Frame]:
 
 def _decode(
     av: ModuleType, container: InputContainer, stream: VideoStream, damage: list[str]
-) -> Iterator[VideoFrame]:
-    """Yield all frames that can be decoded; append to `damage` what went wrong."""
-    bad, reason = 0, ""
+) -> Iterator[VideoFrame | None]:
+    """Yield all frames that can be decoded, None for one that cannot be trusted.
+
+    Appends to `damage` what went wrong.
+    """
+    bad, reason, lost = 0, "", False
     packets = container.demux(stream)
     while True:
         try:
@@ -146,24 +249,48 @@ def _decode(
             packet = None
         try:
             # Packet None asks the decoder for the frames that it still holds.
-            yield from stream.decode(packet)
+            for frame in stream.decode(packet):
+                # What is predicted from a picture that is missing is smeared, flagged or not.
+                lost = frame.is_corrupt or (lost and not frame.key_frame)
+                yield None if lost else frame
         except av.EOFError:  # demux has already sent the empty last packet
             pass
         except (av.FFmpegError, OSError) as error:
-            bad, reason = bad + 1, _reason(error)
+            bad, reason, lost = bad + 1, _reason(error), True
         if packet is None:
             break
     if bad:
         damage.append(f"{bad} packet(s) could not be decoded: {reason}")
 
 
-def _to_rgb(raw: VideoFrame, short_side: int | None) -> NDArray[np.uint8]:
-    width, height = _shrunk(raw.width, raw.height, short_side)
+def _seconds(container: InputContainer, stream: VideoStream) -> float | None:
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    return container.duration / 1e6 if container.duration else None  # microseconds
+
+
+def _to_rgb(raw: VideoFrame, short_side: int | None, aspect: Fraction | None) -> NDArray[np.uint8]:
+    width, height = raw.width, raw.height
+    _check_size(width, height)
+    if aspect and aspect != 1 and 1 / 4 <= aspect <= 4:  # pixels that are not square
+        if aspect > 1:
+            height = max(round(height / aspect), 1)
+        else:
+            width = max(round(width * aspect), 1)
+    width, height = _shrunk(width, height, short_side)
     small = raw.reformat(width=width, height=height, format="rgb24", interpolation="AREA")
     image = np.asarray(small.to_ndarray(), dtype=np.uint8)  # (H, W, 3)
     # PyAV reports the display matrix's angle, counter-clockwise in degrees, as np.rot90 turns.
     turns = round(raw.rotation / 90) % 4
     return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
+
+
+def _check_size(width: int, height: int) -> None:
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise VideoError(
+            f"frames of {width} x {height} pixels are refused: more than {MAX_SIDE} a side or "
+            f"{MAX_PIXELS} in all, probably a damaged header"
+        )
 
 
 def _shrunk(width: int, height: int, short_side: int | None) -> tuple[int, int]:

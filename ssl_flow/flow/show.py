@@ -1,0 +1,213 @@
+"""A store of flow as one picture to judge it by: the command `ssl-flow show flow`."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+import tyro
+from numpy.typing import NDArray
+
+from .color import flow_to_rgb
+from .store import FlowStore, Sample
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_HISTOGRAM_PAIRS = 200  # read for the histogram: about a second
+_BINS = np.geomspace(1 / 8, 1024, 27)  # pixels, two bins an octave
+_HEIGHT = 220  # of a row of pictures, in pixels
+_WIDTH = 15  # of the sheet, in inches of 100 pixels
+_INVALID = (230, 0, 160)  # a colour the wheel has only between right and up
+
+
+def spread_pairs(numbers: NDArray[np.int64], count: int) -> list[int]:
+    """Choose pairs of a store evenly over its videos, and over the length of each video.
+
+    Args:
+        numbers: (pairs,), which video each pair is of, ascending: `FlowStore.source_numbers`.
+        count: how many; all if there are fewer.
+
+    Returns:
+        Their numbers in the store, ascending.
+    """
+    _, first, pairs = np.unique(numbers, return_index=True, return_counts=True)
+    videos = np.arange(len(first))
+    if len(videos) > count:
+        videos = ((np.arange(count) + 0.5) * len(videos) / count).astype(int)
+    take = np.zeros(len(first), int)
+    while take.sum() < min(count, len(numbers)):
+        open_videos = videos[take[videos] < pairs[videos]]
+        take[open_videos[: count - take.sum()]] += 1
+    return [
+        int(first[video] + (k + 0.5) * pairs[video] / take[video])
+        for video in videos
+        for k in range(take[video])
+    ]
+
+
+def show_flow(
+    store: FlowStore, out: str | Path, count: int = 12, full_color: float | None = None
+) -> None:
+    """Draw a sheet: pairs as frame, flow and what is valid; the colour wheel; motion lengths.
+
+    Args:
+        store: the store.
+        out: the PNG that is written.
+        count: number of pairs, spread over the videos; the same ones in each call.
+        full_color: length in pixels drawn in the wheel's full colours, to compare pairs; None
+            takes for each pair the length that 99 % of its pixels stay below, and says it.
+
+    Raises:
+        ValueError: `count` or `full_color` is not positive, or the store holds no pair.
+        StoreError: a pair is damaged.
+        ImportError: matplotlib or torchvision is not installed.
+        OSError: the picture cannot be written.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no display
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("the sheet needs matplotlib: pip install matplotlib") from error
+    if count < 1 or (full_color is not None and full_color <= 0):
+        raise ValueError(f"count and full color must be above 0, got {count} and {full_color}")
+    if len(store) == 0:
+        raise ValueError(f"{store.path} holds no pair")
+    chosen = spread_pairs(store.source_numbers, count)
+    samples = [store[number] for number in chosen]
+    full = [full_color or _reach(sample) for sample in samples]
+    strips = [_strip(sample, color) for sample, color in zip(samples, full, strict=True)]
+    shape = np.median([strip.shape[1] / strip.shape[0] for strip in strips])
+    rows = -(-len(chosen) // 2)
+    heights = [3.3, rows * (_WIDTH / 2 / max(float(shape), 2.5) + 0.35)]
+    figure = Figure(figsize=(_WIDTH, sum(heights)), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    head, body = figure.subfigures(2, 1, squeeze=False, height_ratios=heights).ravel()
+    wheel, histogram = head.subplots(1, 2, width_ratios=[1, 3.4])
+    _draw_wheel(wheel, full_color)
+    _draw_histogram(histogram, store)
+    method, size, gap = (store.settings[key] for key in ("method", "size", "gap"))
+    head.suptitle(
+        f"{_printable(str(store.path), 80)}: {len(store)} pairs of {len(store.sources)} videos; "
+        f"{method}, size {size}, gap {gap if gap == 'auto' else f'{gap:g} s'}",
+        parse_math=False,
+    )
+    body.suptitle("first frame | flow to the second | magenta: flow not valid", fontsize=9)
+    axes = body.subplots(rows, 2, squeeze=False).ravel()
+    for axis in axes:
+        axis.axis("off")
+    for axis, sample, strip, color in zip(axes, samples, strips, full, strict=False):
+        meta = sample.meta
+        axis.imshow(strip)
+        axis.set_title(
+            f"{_printable(meta['video'], 34)}  {meta['time']:.2f} s + {meta['gap']:.2f} s   "
+            f"median {np.median(_lengths(sample)):.1f} px, full colour {color:.1f} px, "
+            f"valid {sample.valid.mean():.0%}",
+            fontsize=8,
+            parse_math=False,
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a video's name in any script
+        figure.savefig(out, format="png", metadata={"Software": None})
+
+
+def _reach(sample: Sample) -> float:
+    return max(float(np.percentile(_lengths(sample), 99)), 0.1)
+
+
+def _strip(sample: Sample, full_color: float) -> NDArray[np.uint8]:
+    """Frame | flow | frame in grey with what is not valid marked: (_HEIGHT, W, 3)."""
+    grey = cv2.cvtColor(cv2.cvtColor(sample.frame, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    grey[~sample.valid] = _INVALID
+    gap = np.full((len(grey), max(1, len(grey) // 40), 3), 255, np.uint8)
+    parts = [sample.frame, gap, flow_to_rgb(sample.flow, full_color), gap, grey]
+    strip = np.concatenate(parts, axis=1)
+    width = max(1, round(strip.shape[1] * _HEIGHT / len(strip)))
+    return np.asarray(cv2.resize(strip, (width, _HEIGHT), interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def _draw_wheel(axis: Axes, full_color: float | None) -> None:
+    grid = np.linspace(-1.1, 1.1, 301, dtype=np.float32)
+    flow = np.stack(np.meshgrid(grid, grid), axis=-1)  # (301, 301, 2), x right, y down
+    picture = flow_to_rgb(flow, 1.0)
+    picture[np.linalg.norm(flow, axis=-1) > 1] = 255
+    axis.imshow(picture, extent=(-1.1, 1.1, 1.1, -1.1))
+    radius = "the pair's full colour" if full_color is None else f"{full_color:g} px"
+    axis.set_title(f"direction of motion; radius = {radius}", fontsize=9)
+    axis.set_xticks([-1, 0, 1], ["left", "0", "right"])
+    axis.set_yticks([-1, 0, 1], ["up", "0", "down"])
+    axis.spines[:].set_visible(False)
+
+
+def _draw_histogram(axis: Axes, store: FlowStore) -> None:
+    chosen = spread_pairs(store.source_numbers, _HISTOGRAM_PAIRS)
+    lengths = [_lengths(store[number]) for number in chosen]
+    # Each pair counts the same, whatever its size.
+    shares = sum(
+        np.histogram(length, [0, *_BINS[1:-1], np.inf])[0] / (len(length) * len(chosen))
+        for length in lengths
+    )
+    every = np.concatenate([length[:: max(1, len(length) // 5000)] for length in lengths])
+    axis.stairs(np.asarray(shares) * 100, _BINS, fill=True, color="0.6")
+    for share, style in ((50, "-"), (95, "--")):
+        value = float(np.percentile(every, share))
+        axis.axvline(max(value, _BINS[0]), color="C3", linestyle=style)
+        label = f" {share} % below {value:.2g} px"
+        place = (max(value, _BINS[0]), 0.95)
+        axis.annotate(label, place, color="C3", fontsize=8, xycoords=("data", "axes fraction"))
+    axis.set_xscale("log", base=2)
+    axis.set_xlim(_BINS[0], max(64.0, 2 * float(every.max())))
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_xlabel("length of the motion in pixels (first bar: and below)", fontsize=9)
+    axis.set_ylabel("% of valid pixels", fontsize=9)
+    axis.set_title(f"motion in {len(chosen)} of {len(store)} pairs", fontsize=9)
+
+
+def _lengths(sample: Sample) -> NDArray[np.float32]:
+    """Lengths of the vectors that can be relied on, (N,), N > 0."""
+    length: NDArray[np.float32] = np.linalg.norm(sample.flow, axis=-1)
+    return length[sample.valid] if sample.valid.any() else np.zeros(1, np.float32)
+
+
+def _printable(name: str, longest: int) -> str:
+    clean = "".join(c if c.isprintable() else "?" for c in name)
+    return clean if len(clean) <= longest else "…" + clean[1 - longest :]
+
+
+@dataclass
+class ShowFlowCommand:
+    """Draw pairs of a store with their flow, the colour wheel, and a histogram of the motion."""
+
+    store: tyro.conf.Positional[Path]
+    """Folder of the store."""
+    out: Path = Path("flow_sheet.png")
+    """The picture (PNG)."""
+    count: int = 12
+    """Number of pairs, spread over the videos."""
+    full_color: float | None = None
+    """Length in pixels drawn in full colour; None: for each pair its own."""
+
+
+def show_flow_command(argv: Sequence[str]) -> int:
+    """Run `ssl-flow show flow` with the arguments that follow these two words.
+
+    Returns:
+        The exit code: 0, or 2 if the store cannot be shown.
+
+    Raises:
+        SystemExit: by the parser: 0 after --help, 2 for a wrong flag.
+    """
+    command = tyro.cli(ShowFlowCommand, args=list(argv), prog="ssl-flow show flow")
+    try:
+        show_flow(FlowStore(command.store), command.out, command.count, command.full_color)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"ssl-flow show flow: error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {command.out}")
+    return 0
