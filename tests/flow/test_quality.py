@@ -65,6 +65,8 @@ def test_copies_of_a_video_are_named(tmp_path, capsys):
     assert "1 videos are copies of others" in capsys.readouterr().out
     found = json.loads((tmp_path / "store/duplicates.json").read_text())
     assert found == {"in/c.mkv": "in/a.mp4"}
+    assert FlowStore(tmp_path / "store").sources == ["in/a.mp4", "in/b.mp4"]
+    assert len(FlowStore(tmp_path / "store", duplicates=True).sources) == 3
 
 
 def test_the_gap_is_chosen_by_the_motion_of_each_video(tmp_path):
