@@ -175,7 +175,9 @@ def result(tmp_path_factory):
     arguments = [str(folder), "--out", str(out), "--size", "48", "--option", "preset=ultrafast"]
     code = flow_command([*arguments, "--workers", "1", "--timeout", "60"])
     rows = [json.loads(line) for line in (out / "problems.jsonl").read_text().splitlines()]
-    return SimpleNamespace(code=code, out=out, rows=rows, store=FlowStore(out, duplicates=True), folder=folder)
+    return SimpleNamespace(
+        code=code, out=out, rows=rows, store=FlowStore(out, duplicates=True), folder=folder
+    )
 
 
 @pytest.mark.parametrize(
