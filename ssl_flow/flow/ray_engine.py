@@ -105,7 +105,7 @@ def _import_ray() -> ModuleType:
         import ray.exceptions
     except ImportError as error:
         raise ImportError(
-            "the engine 'ray' needs Ray: pip install 'ssl_flow[ray]' (or use the engine 'pool')"
+            "the engine 'ray' needs Ray: pip install 'ssl-flow[ray]' (or use the engine 'local')"
         ) from error
     module: ModuleType = ray
     return module

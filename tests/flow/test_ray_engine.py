@@ -19,7 +19,7 @@ needs_ray = pytest.mark.skipif(
 
 def test_without_ray_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ImportError, match=r"pip install 'ssl_flow\[ray\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'ssl-flow\[ray\]'"):
         list(ray_engine.run([1], print, 1, _ignore))
 
 
