@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .estimators import grey
 from .pairs import STILL_MOTION, is_still
-from .video import Frame, VideoError
+from .video import Frame
 
 PROBE_SIZE = 128  # pixels: shorter side of the frames that `choose_gap` looks at
 MAX_GAP = 0.5  # seconds: what moves later than in the first seconds must not be lost
@@ -75,7 +75,7 @@ def _first_moving_seconds(
     pictures: list[NDArray[np.uint8]] = []
     begin: float | None = None
     # What could be read is enough: whatever went wrong then, extraction meets and reports it too.
-    with suppress(VideoError, OSError, ValueError, RuntimeError):
+    with suppress(Exception):
         for frame in frames:
             begin = frame.time if begin is None else begin
             if times and frame.time - times[0] >= _SECONDS:

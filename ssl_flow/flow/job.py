@@ -33,7 +33,14 @@ Flow = NDArray[np.float32]  # (H, W, 2)
 _JPEG_QUALITY = 92
 _GROUP = 32  # pairs at once on a GPU
 # What the name of a source can do to its place in the store; all else is wrong with the store.
-_NAME_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EILSEQ, errno.EINVAL)
+_NAME_ERRORS = (
+    errno.ENAMETOOLONG,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EILSEQ,
+    errno.EINVAL,
+)
 
 
 @dataclass(frozen=True)
@@ -82,11 +89,14 @@ def extract_source(
 
         pairs = pair_frames(frames(), gap, every, skipped)
         samples = make_samples(source.name, pairs, settings, skipped, device)
-        for key, members, picture in _survive(samples, problems):
-            writer.add(key, members)
-            hashes.append(f"{picture:016x}")
-            counts["pairs"] += 1
-            tick(pairs=1)
+        try:
+            for key, members, picture in _survive(samples, problems):
+                writer.add(key, members)
+                hashes.append(f"{picture:016x}")
+                counts["pairs"] += 1
+                tick(pairs=1)
+        except _Passing as error:
+            return None, f"{error}: not stored, repeat the call"
         if counts["frames"] == 0:
             return None, "; ".join(problems) or "no frame could be read"
         try:
@@ -252,8 +262,16 @@ def _survive(samples: Iterator[Any], problems: list[str]) -> Iterator[Any]:
         yield from samples
     except ImportError:
         raise  # a missing library is no fault of the file
+    except VideoError as error:
+        problems.append(str(error))
+    except (MemoryError, RuntimeError, OSError) as error:
+        raise _Passing(f"{type(error).__name__}: {error}") from error
     except Exception as error:
         problems.append(str(error) or type(error).__name__)
+
+
+class _Passing(Exception):
+    """What may be over the next time (no memory, a sick GPU, a lost disk): nothing is stored."""
 
 
 def _why_no_pair(frames: int, skipped: Counter[str], gap: float) -> str:

@@ -2,7 +2,7 @@
 
 A task gets a source (a path), writes its shard itself and returns the small index: neither frames
 nor flow pass through Ray's object store. All machines must see the videos and the store under the
-same paths, and have the same ssl_flow installed. Which machine does what changes no byte.
+same paths, and have the same ssl_flow installed.
 """
 
 from __future__ import annotations

@@ -62,7 +62,8 @@ class FlowStore:
     Args:
         path: the store's folder.
         include: names of sources, or patterns such as "clips/*" (one or several); None takes all.
-        duplicates: also take sources that the extraction found to be copies of others.
+        duplicates: False leaves out sources that the extraction takes for copies of another one
+            that is taken (duplicates.json: scenes of one fixed camera can look like copies, too).
 
     Raises:
         StoreError: no store at `path`, a newer version, a shard that is incomplete, or an entry of
@@ -76,7 +77,7 @@ class FlowStore:
         self,
         path: str | Path,
         include: str | Sequence[str] | None = None,
-        duplicates: bool = False,
+        duplicates: bool = True,
     ) -> None:
         """Read the settings and the indexes of all shards."""
         include = [include] if isinstance(include, str) else include
@@ -88,14 +89,13 @@ class FlowStore:
             if not any(_matches(name, pattern) for name in names):
                 raise StoreError(f"{path}: no source matches {pattern!r}; there are {names[:10]}")
         copies = {} if duplicates else read_duplicates(self.path)
+        taken = {n for n in names if include is None or any(_matches(n, p) for p in include)}
         self.sources = []
         self._files: list[str] = []  # of the indexes, relative to the store
         rows = [np.empty((0, 2 + 2 * len(self._members)), np.int64)]
         for file, index in indexes:
             name = index["source"]
-            if include is not None and not any(_matches(name, pattern) for pattern in include):
-                continue
-            if copies.get(name) in names:
+            if name not in taken or copies.get(name) in taken:
                 continue
             check_shard_size(shard_of(file), index)
             table = _sample_table(self.path, file, index, self._members)
@@ -133,7 +133,7 @@ class FlowStore:
         file = self.path / self._files[number]
         try:
             return _decode(_read_members(shard_of(file), places, self._members))
-        except (ValueError, OSError, cv2.error) as error:
+        except (ValueError, FileNotFoundError, cv2.error) as error:
             first = int(np.searchsorted(self._rows[:, 0], number))
             key = f"pair {index % len(self) - first}"
             with suppress(OSError, StoreError):

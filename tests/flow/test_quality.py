@@ -65,8 +65,23 @@ def test_copies_of_a_video_are_named(tmp_path, capsys):
     assert "1 videos are copies of others" in capsys.readouterr().out
     found = json.loads((tmp_path / "store/duplicates.json").read_text())
     assert found == {"in/c.mkv": "in/a.mp4"}
-    assert FlowStore(tmp_path / "store").sources == ["in/a.mp4", "in/b.mp4"]
-    assert len(FlowStore(tmp_path / "store", duplicates=True).sources) == 3
+    store = tmp_path / "store"
+    assert len(FlowStore(store).sources) == 3  # named, not left out unless that is asked for
+    assert FlowStore(store, duplicates=False).sources == ["in/a.mp4", "in/b.mp4"]
+    assert FlowStore(store, include="in/c.mkv", duplicates=False).sources == ["in/c.mkv"]
+
+
+def test_an_error_that_may_pass_stores_nothing_and_is_tried_again(tmp_path):
+    def sick():
+        yield from (Frame(i / 10, image) for i, image in enumerate(moving(4)))
+        raise MemoryError("no room")
+
+    source = Source("a", lambda size: sick())
+    summary = extract([source], tmp_path / "store", workers=0)
+    assert summary.done == 0
+    assert "MemoryError: no room: not stored, repeat the call" in summary.problems[0].reason
+    source = Source("a", lambda size: (Frame(i / 10, im) for i, im in enumerate(moving(4))))
+    assert extract([source], tmp_path / "store", workers=0).done == 1
 
 
 def test_the_gap_is_chosen_by_the_motion_of_each_video(tmp_path):
