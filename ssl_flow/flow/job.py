@@ -123,14 +123,19 @@ def extract_source(
 
 def _watched(source: Source, short_side: int, tick: Tick) -> Iterator[Frame]:
     """Read a source, with a sign of life at each frame."""
-    for frame in source.frames(short_side):
+    for number, frame in enumerate(source.frames(short_side)):
         tick(frame.share)
-        if min(frame.image.shape[:2]) < MIN_SIZE:
-            height, width = frame.image.shape[:2]
-            raise VideoError(
-                f"frames of {width} x {height} pixels: flow needs at least {MIN_SIZE} a side"
-            )
+        if number == 0:  # of the others only those in a pair: most are never made, see Frame
+            _check_large(frame)
         yield frame
+
+
+def _check_large(frame: Frame) -> None:
+    height, width = frame.image.shape[:2]
+    if min(height, width) < MIN_SIZE:
+        raise VideoError(
+            f"frames of {width} x {height} pixels: flow needs at least {MIN_SIZE} a side"
+        )
 
 
 def make_samples(
@@ -206,6 +211,7 @@ def _moving(pairs: Iterator[tuple[Frame, Frame]], skipped: Counter[str]) -> Iter
     """Leave out what shows itself to teach nothing before any flow is computed."""
     repeated = RepeatedPairs()
     for first, second in pairs:
+        _check_large(first)
         a, b = (grey(frame.image) for frame in (first, second))
         if is_still(a, b):
             skipped["static"] += 1

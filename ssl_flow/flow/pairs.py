@@ -101,6 +101,9 @@ def is_cut(
     x = flow[..., 0] + np.arange(width, dtype=np.float32)
     y = flow[..., 1] + np.arange(height, dtype=np.float32)[:, None]
     warped = cv2.remap(second, x, y, cv2.INTER_LINEAR)
-    residual = cv2.absdiff(first, warped)[valid]
-    contrast = min(first.std(), second.std())  # the smaller: a cut to black must count
-    return residual.size < 0.1 * valid.size or bool(np.mean(residual) > CUT_RESIDUAL * contrast)
+    inside = valid.view(np.uint8)
+    residual = cv2.mean(cv2.absdiff(first, warped), mask=inside)[0]
+    # The smaller contrast: a cut to black must count.
+    contrast = min(float(cv2.meanStdDev(image)[1][0, 0]) for image in (first, second))
+    few = cv2.countNonZero(inside) < 0.1 * inside.size
+    return few or residual > CUT_RESIDUAL * contrast

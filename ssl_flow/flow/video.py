@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from av import VideoFrame, VideoStream
     from av.container import InputContainer
+    from av.video.reformatter import VideoReformatter
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 # A damaged or malicious header can claim any size: it is refused before memory is asked for it.
@@ -31,16 +33,31 @@ class VideoError(ValueError):
     """A video, or a part of it, could not be read; the message says which and why."""
 
 
-@dataclass
 class Frame:
     """One picture of a video: `time` in seconds, `image` (H, W, 3) RGB uint8.
 
     `share` tells how much of the video lies behind it, 0 to 1, for a progress bar; 0 if unknown.
     """
 
-    time: float
-    image: NDArray[np.uint8]
-    share: float = 0.0
+    def __init__(
+        self,
+        time: float,
+        image: NDArray[np.uint8] | Callable[[], NDArray[np.uint8]],
+        share: float = 0.0,
+    ) -> None:
+        """Take the picture, or what makes it: then it is made when it is first asked for.
+
+        At a gap of three frames two of three are never looked at, and to shrink one costs about as
+        much as to decode it.
+        """
+        self.time, self.share, self._image = time, share, image
+
+    @property
+    def image(self) -> NDArray[np.uint8]:
+        """The picture."""
+        if callable(self._image):
+            self._image = self._image()
+        return self._image
 
 
 @dataclass(frozen=True)
@@ -213,6 +230,7 @@ def _read_video(path: Path, short_side: int | None) -> Iterator[Frame]:
         first: float | None = None
         last: float | None = None
         left_out = 0
+        reformatter = av.video.reformatter.VideoReformatter()  # one: it keeps its tables
         for raw in _decode(av, container, stream, damage):
             if raw is None:
                 left_out += 1
@@ -223,7 +241,7 @@ def _read_video(path: Path, short_side: int | None) -> Iterator[Frame]:
             last = time or 0.0
             first = last if first is None else first
             share = min((last - first) / seconds, 1.0) if seconds else 0.0
-            yield Frame(last, _to_rgb(raw, short_side, aspect), share)
+            yield Frame(last, partial(_to_rgb, raw, short_side, aspect, reformatter), share)
     if left_out:
         damage.append(f"{left_out} frame(s) damaged")
     if last is None:
@@ -269,7 +287,9 @@ def _seconds(container: InputContainer, stream: VideoStream) -> float | None:
     return container.duration / 1e6 if container.duration else None  # microseconds
 
 
-def _to_rgb(raw: VideoFrame, short_side: int | None, aspect: Fraction | None) -> NDArray[np.uint8]:
+def _to_rgb(
+    raw: VideoFrame, short_side: int | None, aspect: Fraction | None, reformatter: VideoReformatter
+) -> NDArray[np.uint8]:
     width, height = raw.width, raw.height
     _check_size(width, height)
     if aspect and aspect != 1 and 1 / 4 <= aspect <= 4:  # pixels that are not square
@@ -278,7 +298,9 @@ def _to_rgb(raw: VideoFrame, short_side: int | None, aspect: Fraction | None) ->
         else:
             width = max(round(width * aspect), 1)
     width, height = _shrunk(width, height, short_side)
-    small = raw.reformat(width=width, height=height, format="rgb24", interpolation="AREA")
+    small = reformatter.reformat(
+        raw, width=width, height=height, format="rgb24", interpolation="AREA"
+    )
     image = np.asarray(small.to_ndarray(), dtype=np.uint8)  # (H, W, 3)
     # PyAV reports the display matrix's angle, counter-clockwise in degrees, as np.rot90 turns.
     turns = round(raw.rotation / 90) % 4
