@@ -2,8 +2,10 @@
 
 :class:`CrossPixelFlowLoss` is the one to use; ``reference`` holds its formulas, ``chunked`` the
 same without N x N memory, ``triton_pairwise`` the same again, fused for GPUs.
+:class:`RidgeFlowLoss` is its rival without pairs: the flow must be a linear map of the embedding.
 """
 
 from ssl_flow.losses.cross_pixel import CrossPixelFlowLoss
+from ssl_flow.losses.ridge import RidgeFlowLoss
 
-__all__ = ["CrossPixelFlowLoss"]
+__all__ = ["CrossPixelFlowLoss", "RidgeFlowLoss"]

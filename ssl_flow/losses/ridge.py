@@ -1,0 +1,193 @@
+"""The ridge-regression flow loss: can an image's flow be read linearly from its embedding?
+
+Source: Araslanov, Sonnweber, Cremers, "FlowFeat: Pixel-Dense Embedding of Motion Profiles",
+NeurIPS 2025, arXiv 2511.07696. Of its objective this is the regression with its L1 error; the
+paper adds the error of the flow's spatial differences and fits on the features of an averaged
+teacher (``fit``).
+
+Per image, with weights that sum to 1 over the pixels fitted on and means taken with them::
+
+    A = (E_c^T W E_c + ridge (tr(E^T W E) / D) I)^-1 E_c^T W F_c     E_c = E - mean(E), F_c likewise
+    prediction(u) = mean(F) + (e_u - mean(E)) A
+    loss = sum_u w_u |f_u - prediction(u)| / sum_u w_u |f_u - mean(F)|     u: pixels scored on
+
+The penalty is relative to the embedding's size *before* centring. So a motion that shows only in
+small ripples on one constant vector can't be read out: the embedding has to spend its range on it.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssl_flow.losses.cross_pixel import (
+    _check_choice,
+    _check_inputs,
+    _compute_dtype,
+    _nan_unless,
+    _prepare,
+    _rows,
+)
+
+NORMS = ("l1", "l2")
+_STILL = 1e-3  # flow units; an image that a constant explains better than this has no motion
+Pixels = tuple[Tensor, Tensor, Tensor]  # embedding (B, N, D), flow (B, N, 2), weight (B, N)
+
+
+class RidgeFlowLoss(torch.nn.Module):
+    """The flow of an image, regressed linearly (with an intercept) on its pixels' embedding.
+
+    1 = no better than a constant, 0 = perfect; above 1 = the map found on the pixels fitted on
+    misleads on those scored on.
+
+    Args:
+        ridge: penalty on the slopes, not on the intercept, relative to the mean square of the
+            embedding's components; so neither its length nor the number of pixels matters.
+        norm: ``"l1"`` (robust) or ``"l2"`` (squares: the loss is 1 - R^2), summed over u and v.
+        normalize: bring the embedding to unit length first.
+
+    Raises:
+        ValueError: if ``ridge`` isn't a positive number or ``norm`` isn't one of the two.
+
+    Example:
+        >>> loss = RidgeFlowLoss()
+        >>> embedding = torch.randn(2, 16, 8, 8, requires_grad=True)
+        >>> loss(embedding, flow=torch.randn(2, 2, 8, 8)).backward()
+    """
+
+    def __init__(self, ridge: float = 0.1, norm: str = "l1", normalize: bool = True) -> None:
+        """Check and keep the options; see the class."""
+        super().__init__()
+        if not (math.isfinite(ridge) and ridge > 0):
+            raise ValueError(f"ridge must be a positive finite number, found {ridge}")
+        _check_choice("norm", norm, NORMS)
+        self.ridge = float(ridge)
+        self.norm = norm
+        self.normalize = normalize
+
+    def forward(
+        self,
+        embedding: Tensor,
+        flow: Tensor,
+        weight: Tensor | None = None,
+        fit: tuple[Tensor, Tensor, Tensor | None] | None = None,
+    ) -> Tensor:
+        """The mean of :meth:`per_image` over the batch, a scalar."""
+        return self.per_image(embedding, flow, weight, fit).mean()
+
+    def per_image(
+        self,
+        embedding: Tensor,
+        flow: Tensor,
+        weight: Tensor | None = None,
+        fit: tuple[Tensor, Tensor, Tensor | None] | None = None,
+    ) -> Tensor:
+        """The loss of each image, (B,).
+
+        Args:
+            embedding: (B, D, H, W) floating point. Half precision is computed in float32, float64
+                stays.
+            flow: (B, 2, H, W) floating point, at the embedding's resolution; x right, y down, any
+                unit. It gets no gradient.
+            weight: (B, H, W) floating point or None for ones. A pixel of weight 0 is ignored,
+                whatever it holds (NaN too).
+            fit: None splits the pixels in random halves, one of each two neighbours by a coin
+                (PyTorch's global generator), and scores each half by the map fitted on the other.
+                Or ``(embedding, flow, weight)`` of another crop of the same frames, of any size,
+                to fit on; gradients go into its embedding, too, unless it is detached. The two
+                crops' flows must be in one unit: normalise them before cropping.
+
+        Returns:
+            (B,) float32 (float64 for float64 embeddings). 0, differentiably, for an image without
+            usable pixels to fit and to score on, or whose flow there is one constant. NaN, and a
+            gradient of NaN, for an image with a value that isn't finite where the weight isn't 0,
+            or a weight that is negative or not finite.
+
+        Raises:
+            TypeError: if a tensor isn't of a floating-point type.
+            ValueError: if shapes or devices don't fit together, or flow or weight requires grad.
+        """
+        _check_inputs(flow, weight, embedding)
+        if fit is not None:
+            _check_inputs(fit[1], fit[2], fit[0])
+            if fit[0].shape[:2] != embedding.shape[:2] or fit[0].device != embedding.device:
+                raise ValueError(
+                    f"fit's embedding and embedding must agree in B, D and device, found "
+                    f"{tuple(fit[0].shape)} on {fit[0].device} and {tuple(embedding.shape)} on "
+                    f"{embedding.device}"
+                )
+        with torch.autocast(embedding.device.type, enabled=False):
+            dtype = _compute_dtype(embedding)
+            here, poison = self._pixels(embedding, flow, weight, dtype)
+            if fit is None:
+                coin = torch.rand(here[2][:, ::2].shape, device=embedding.device) < 0.5
+                return self._cross_fit(here, coin) * poison
+            there, poison_there = self._pixels(*fit, dtype)
+            return _ratio(*self._errors(there, here)) * poison * poison_there
+
+    @torch.no_grad()
+    def constant_loss(self, flow: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The loss of an embedding that is the same at each pixel, (B,): 1, or 0 without motion.
+
+        Shapes, NaN and errors as for :meth:`per_image`. Draws nothing from the generator.
+        """
+        _check_inputs(flow, weight)
+        with torch.autocast(flow.device.type, enabled=False):
+            same = torch.ones_like(flow[:, :1])
+            here, poison = self._pixels(same, flow, weight, _compute_dtype(flow))
+            return self._cross_fit(here, torch.ones_like(here[2][:, ::2]) > 0) * poison
+
+    def extra_repr(self) -> str:
+        """The options, for ``print``."""
+        return f"ridge={self.ridge:g}, norm={self.norm!r}, normalize={self.normalize}"
+
+    def _pixels(
+        self, embedding: Tensor, flow: Tensor, weight: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Pixels, Tensor]:
+        """The pixels as rows, 0 where they are ignored, and 1 or NaN per image (B,)."""
+        w, flow_rows, poison = _prepare(flow, weight, dtype)
+        e = torch.where(w[..., None] != 0, _rows(embedding).to(dtype), 0)
+        poison = poison * _nan_unless(e.detach().square().sum(-1).isfinite().all(-1), dtype)
+        if self.normalize:
+            e = F.normalize(e, dim=-1, eps=1e-6)
+        return (e, flow_rows, w), poison
+
+    def _cross_fit(self, pixels: Pixels, coin: Tensor) -> Tensor:
+        """Both halves in turn; of pixels 2k and 2k + 1 ``coin`` (B, ceil(N / 2)) says whose."""
+        e, flow, w = pixels
+        half = torch.stack([coin, ~coin], -1).flatten(1)[:, : w.shape[1]]
+        one, other = (e, flow, w * half), (e, flow, w * ~half)
+        forth, back = self._errors(one, other), self._errors(other, one)
+        return _ratio(*(a + b for a, b in zip(forth, back, strict=True)))
+
+    def _errors(self, fit: Pixels, score: Pixels) -> tuple[Tensor, Tensor, Tensor]:
+        """Summed errors of the linear and of the constant prediction, and their weight, (B,)."""
+        slope, mean_embedding, mean_flow = _ridge(*fit, self.ridge)
+        e, flow, w = score
+        w = w * (fit[2].sum(1, keepdim=True) > 0)  # fitted on nothing: nothing to score
+        constant = flow - mean_flow
+        linear = constant - (e - mean_embedding) @ slope
+        size = torch.abs if self.norm == "l1" else torch.square
+        error, baseline = ((w * size(r).sum(-1)).sum(1) for r in (linear, constant))
+        return error, baseline, w.sum(1)
+
+
+def _ridge(e: Tensor, flow: Tensor, w: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Slopes (B, D, 2), means of the embedding (B, 1, D) and of the flow (B, 1, 2), weighted."""
+    tiny = torch.finfo(e.dtype).tiny
+    share = (w / w.sum(1, keepdim=True).clamp(min=tiny)).unsqueeze(-1)  # (B, N, 1)
+    mean_e, mean_flow = (share * e).sum(1, keepdim=True), (share * flow).sum(1, keepdim=True)
+    centred = e - mean_e
+    weighted = (share * centred).mT  # (B, D, N)
+    size = (share * e.square()).sum((1, 2)).div(e.shape[-1]).clamp(min=1e-30)
+    gram = weighted @ centred + torch.diag_embed(ridge * size[:, None].expand(-1, e.shape[-1]))
+    # Without the check for singular matrices, for which a GPU would wait: the penalty forbids them.
+    slope = torch.linalg.solve_ex(gram, weighted @ (flow - mean_flow)).result
+    return slope, mean_e, mean_flow
+
+
+def _ratio(error: Tensor, baseline: Tensor, total: Tensor) -> Tensor:
+    """Error relative to the constant prediction's, (B,); 0 for images with nothing to explain."""
+    moving = baseline > _STILL * total
+    return torch.where(moving, error, 0 * error) / torch.where(moving, baseline, 1)
