@@ -1,5 +1,6 @@
 """Encoders: timm backbones with a per-pixel embedding head, saved and loaded as folders."""
 
+from ssl_flow.models import alexnet as _alexnet  # noqa: F401 (tells timm of alexnet_bn)
 from ssl_flow.models.encoder import (
     Encoder,
     Normalization,
