@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
 
 from ssl_flow.models import (
     PixelEmbeddingHead,
@@ -60,6 +61,21 @@ def test_shapes_for_any_image_size(architecture, size):
         embedding = encoder.embed(images)
         assert embedding.shape == (1, 8, *grid)
         torch.testing.assert_close(embedding.norm(dim=1), torch.ones(1, *grid))
+
+
+@pytest.mark.parametrize("size", [(96, 96), (64, 320)])
+def test_vit_position_embeddings_are_interpolated_to_the_image(size):
+    """The same as a model built for that size whose embeddings were resampled beforehand."""
+    encoder = create_encoder("vit_tiny_patch16_224").eval()
+    fixed = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=size).eval()
+    weights = encoder.backbone.state_dict()
+    grid = [side // 16 for side in size]
+    weights["pos_embed"] = resample_abs_pos_embed(weights["pos_embed"], grid)
+    fixed.load_state_dict(weights)
+    images = torch.randn(1, 3, *size)
+    with torch.no_grad():
+        expected = fixed.forward_intermediates(images, intermediates_only=True)
+        torch.testing.assert_close(encoder.features(images)[-1], expected[-1])
 
 
 def test_head_equals_the_concatenated_hypercolumn():
