@@ -27,7 +27,7 @@ h1 { margin-bottom: 0; overflow-wrap: anywhere } h1 + p { margin-top: 0 }
 table { border-collapse: collapse } td, th { border-bottom: 1px solid #8886; padding: .2em .7em }
 td { text-align: right } td:first-child, th { text-align: left }
 div, pre { overflow-x: auto } pre { background: #8882; padding: .7em 1em } code { font-size: .9em }
-img { max-width: 100% } .wide img { min-width: 36em }
+img { max-width: 100% }
 .config td { text-align: left; overflow-wrap: anywhere }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20em, 100%), 1fr)) }
 @media (prefers-color-scheme: dark) { .curves img { filter: invert(.93) hue-rotate(180deg) } }
@@ -56,9 +56,9 @@ img { max-width: 100% } .wide img { min-width: 36em }
 <p>Thin: as logged, of one batch. Bold: exponential mean. A constant embedding has learned nothing;
 a cross entropy cannot fall below the entropy of its target.</p>
 {% else %}<p>{{ no_curves }}</p>{% endif %}
-{% for name, text, picture in pictures %}<h2>{{ name }}</h2>
-{% if text %}<p>{{ text }}</p>{% endif %}
-<div class="wide"><img alt="{{ name }}" src="{{ picture }}"></div>
+{% if pictures %}<h2>Pictures</h2>{% endif %}
+{% for name, picture in pictures %}<p>{{ name | capitalize }}</p>
+<div><img alt="{{ name }}" src="{{ picture }}"></div>
 {% endfor %}
 <h2>Use the encoder</h2>
 {% if call %}<pre><code>{{ call }}</code></pre>
@@ -71,10 +71,9 @@ a cross entropy cannot fall below the entropy of its target.</p>
 </body></html>
 """
 _CAPTIONS = {
-    "training": "Top to bottom: frame, flow (colour: direction), embedding (three principal "
-    "components as colours).",
-    "probe_pretrained": "Left to right: image, truth, prediction.",
-    "probe_random": "Left to right: image, truth, prediction.",
+    "training": "frame, flow (colour: direction), embedding (three principal components)",
+    "probe_pretrained": "pretrained encoder, probed: image, truth, prediction",
+    "probe_random": "random encoder, probed: image, truth, prediction",
 }
 
 
@@ -122,7 +121,7 @@ def _write(
         protocol=_protocol(probe),
         curves=[(name, _inline(png(cell))) for name, cell in cells.items()],
         no_curves=no_curves,
-        pictures=[(p.stem, _CAPTIONS.get(p.stem), _inline(p.read_bytes())) for p in files],
+        pictures=[(_CAPTIONS.get(p.stem, p.stem), _inline(p.read_bytes())) for p in files],
         call=call if (encoder / "config.json").exists() else None,
     )  # fmt: skip
     report = run / "report.html"

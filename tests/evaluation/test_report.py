@@ -35,7 +35,7 @@ def test_a_whole_run(tmp_path):
     for folder in ("pictures", "encoder"):
         (run / folder).mkdir()
     (run / "encoder/config.json").write_text("{}")
-    for name in ("training", "probe_random", "curves"):
+    for name in ("other", "training", "probe_random", "curves"):
         cv2.imwrite(str(run / f"pictures/{name}.png"), np.zeros((4, 4, 3), np.uint8))
     html = write_report(run).read_text()
     assert "0.2500" in html and "0.5000 ± 0.0100" in html and "<td>0.8750</td><td>2</td>" in html
@@ -44,10 +44,10 @@ def test_a_whole_run(tmp_path):
     assert "<h1>&lt;run&gt;</h1>" in html and "<td>&lt;b&gt;net</td>" in html
     assert "&lt;val&gt;" in html and "<val>" not in html
     assert 'load_encoder("' in html.replace("&#34;", '"')
-    assert html.index("<h2>training") < html.index("<h2>probe_random")
+    assert html.index("<p>Frame, flow") < html.index("<p>Other") < html.index("<p>Random encoder")
     assert "not finite: 2." in html and "not finite: 1 of 10." in html and "unreadable: 1 " in html
     assert "Not finished" not in html
-    assert html.count("data:image/png;base64,") == 4  # loss, divergence, and two pictures
+    assert html.count("data:image/png;base64,") == 5  # loss, divergence, and three pictures
     assert not re.search(r'(src|href)="(?!data:)|@import|url\(|<script', html)  # nothing outside
     assert cv2.imread(str(run / "pictures/curves.png")).shape[0] > 100
     assert sorted(p.name for p in (run / "pictures").iterdir())[0] == "curves.png"  # no leftovers
