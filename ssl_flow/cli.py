@@ -12,6 +12,11 @@ _COMMANDS = {
     "flow": ("ssl_flow.flow.command", "flow_command", "videos -> a store of frames and flow"),
     "merge-flow": ("ssl_flow.flow.merge", "merge_command", "several stores -> one"),
     "show flow": ("ssl_flow.flow.show", "show_flow_command", "a store -> a sheet of pictures"),
+    "show run": (
+        "ssl_flow.evaluation.report",
+        "show_run_command",
+        "training runs -> their curves and report",
+    ),
     "train": ("ssl_flow.training.loop", "train_command", "a store -> an encoder with a score"),
     "eval linear-probe": (
         "ssl_flow.evaluation.probe_command",

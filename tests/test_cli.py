@@ -24,11 +24,11 @@ def test_unknown_command_is_told_with_the_known_ones(capsys):
 
 
 @pytest.mark.parametrize(
-    "command", [["flow"], ["merge-flow"], ["show", "flow"], ["train"], ["eval", "linear-probe"]]
+    "command", ["flow", "merge-flow", "show flow", "show run", "train", "eval linear-probe"]
 )
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        main([*command, "--help"])
+        main([*command.split(), "--help"])
     assert stop.value.code == 0
     assert "usage" in capsys.readouterr().out
 
