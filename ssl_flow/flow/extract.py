@@ -181,6 +181,8 @@ def make_settings(
     if gap != "auto":
         gap = float(gap)
         every = gap if every is None else float(every)
+    if method == "farneback" and device != "cpu":
+        method = "farneback-torch"  # in a store "farneback" is OpenCV's: never both in one
     settings = Settings(
         method, method_options(method, options or {}), size, gap, every, consistency, codec
     )
