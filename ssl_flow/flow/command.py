@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
@@ -22,6 +22,8 @@ from .pool import TIMEOUT
 from .problems import PROBLEMS_FILE, ProblemError
 from .sources import find_sources, part_of
 from .store import DUPLICATES_FILE, FlowStore
+
+_NAMED = 50  # problems that are printed
 
 
 @dataclass
@@ -51,8 +53,9 @@ class FlowCommand:
     device: str = "cpu"
     """Where flow is computed: cpu, or cuda for tvl1, farneback and raft."""
     shard: str = "1/1"
-    """i/n: only part i of n (i from 1) of the videos, for job arrays: parts may write to one store
-    at once, or to several for `ssl-flow merge-flow`."""
+    """i/n: only part i of n (i from 1) of the videos, for job arrays. Parts may write to one store
+    at once (at the end, repeat the command without --shard: it does what a killed part left, and
+    writes manifest and duplicates), or to several for `ssl-flow merge-flow`."""
     engine: Literal["local", "ray"] = "local"
     """local: processes of this machine. ray: tasks of Ray, on one machine or a cluster."""
     strict: bool = False
@@ -68,8 +71,8 @@ def flow_command(argv: Sequence[str]) -> int:
 
     Returns:
         The exit code: 0, also if some videos could not be used (they are named); 1 if the store
-        holds no pair at the end, or after a problem with --strict; 2 if the call was wrong or the
-        store cannot be written; 130 and 143 after Ctrl-C and SIGTERM.
+        holds no pair at the end (not asked of a --shard), or after a problem with --strict; 2 if
+        the call was wrong or the store cannot be written; 130 and 143 after Ctrl-C and SIGTERM.
 
     Raises:
         SystemExit: by the parser: 0 after --help, 2 for a wrong flag.
@@ -79,10 +82,8 @@ def flow_command(argv: Sequence[str]) -> int:
         with _terminable():
             return _run(command)
     except KeyboardInterrupt as interrupt:
-        _say(
-            "ssl-flow flow: stopped; videos that were finished are kept, repeat the call to go on",
-            sys.stderr,
-        )
+        kept = "videos that were finished are kept, repeat the call to go on"
+        _say(f"ssl-flow flow: stopped; {kept}", sys.stderr)
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
     except ProblemError as error:
         _say(f"ssl-flow flow: error: {error}", sys.stderr)
@@ -96,35 +97,26 @@ def _run(command: FlowCommand) -> int:
     if command.workers < 1:
         raise ValueError(f"--workers must be at least 1, got {command.workers}")
     part = _parse_part(command.shard)
-    options = dict(_parse_option(text) for text in command.option)
     sources, problems = find_sources(command.paths)
+    same = ("method", "size", "gap", "every", "consistency", "codec", "device")
+    settings: dict[str, Any] = {name: getattr(command, name) for name in same}
+    settings["options"] = dict(_parse_option(text) for text in command.option)
     if command.dry_run:
-        settings = make_settings(
-            command.method,
-            command.size,
-            command.gap,
-            command.every,
-            command.consistency,
-            options,
-            command.codec,
+        plan = make_plan(
+            part_of(sources, *part),
+            command.out,
+            make_settings(**settings),
+            command.workers,
             command.device,
+            command.timeout,
         )
-        mine = part_of(sources, *part)
-        plan = make_plan(mine, command.out, settings, command.workers, command.device)
         _print_plan(plan, command, len(problems))
         return 0
     summary = extract(
         sources,
         command.out,
-        method=command.method,
-        options=options,
-        size=command.size,
-        gap=command.gap,
-        every=command.every,
-        consistency=command.consistency,
-        codec=command.codec,
+        **settings,
         workers=command.workers,
-        device=command.device,
         part=part,
         engine=command.engine,
         strict=command.strict,
@@ -133,12 +125,13 @@ def _run(command: FlowCommand) -> int:
         progress=True,
     )
     _print_summary(summary, command.out)
-    if summary.sources == 0:
-        return 0  # a part without a source
-    empty = summary.pairs + summary.known_pairs == 0 and len(FlowStore(command.out)) == 0
-    if empty:
+    if part[1] > 1:
+        _say("when all parts are done, the same command without --shard lists them")
+        return 0
+    if summary.pairs + summary.known_pairs == 0 and len(FlowStore(command.out)) == 0:
         _say(f"ssl-flow flow: error: {command.out} holds no pair", sys.stderr)
-    return int(empty)
+        return 1
+    return 0
 
 
 @contextmanager
@@ -184,18 +177,15 @@ def _print_summary(summary: Summary, out: Path) -> None:
         _say("nothing to do: every usable video is already in the store")
     if summary.duplicates:
         _say(f"{len(summary.duplicates)} videos are copies of others, see {out / DUPLICATES_FILE}")
+    pairs, seconds, rate = summary.pairs, summary.seconds, ""
+    if pairs:
+        rate = f" ({pairs / seconds:.1f} pairs/s, {summary.bytes / pairs / 1000:.1f} kB a pair)"
     skipped = ", ".join(f"{number} {reason}" for reason, number in sorted(summary.skipped.items()))
     _say(
         f"{out}: {summary.done} videos done, {summary.already_done} already done, "
         f"{len(summary.problems)} problems\n"
-        f"{summary.pairs} pairs written in {summary.seconds:.1f} s"
-        + (f" ({summary.pairs / summary.seconds:.1f} pairs/s" if summary.pairs else "")
-        + (f", {summary.bytes / summary.pairs / 1000:.1f} kB a pair)" if summary.pairs else "")
-        + f"; skipped: {skipped or 'none'}"
+        f"{pairs} pairs written in {seconds:.1f} s{rate}; skipped: {skipped or 'none'}"
     )
-
-
-_NAMED = 50  # problems that are printed
 
 
 def _print_plan(plan: Plan, command: FlowCommand, problems: int) -> None:

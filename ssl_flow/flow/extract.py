@@ -19,26 +19,23 @@ import numpy as np
 
 from . import pool
 from .codec import CODECS
-from .duplicates import find_duplicate_sources
 from .estimators import MIN_SIZE, Option, method_options, optical_flows
 from .job import Settings, extract_source
-from .lock import LOCK_FILE, store_lock
+from .lock import store_lock
 from .options import nearest
-from .problems import PROBLEMS_FILE as PROBLEMS_FILE  # for those who look for it here
 from .problems import ProblemList, read_problems
 from .progress import Bar
 from .shard import (
     VERSION,
     StoreError,
     check_size,
-    index_files,
     index_path,
     read_index,
     shard_path,
     write_atomically,
 )
 from .sources import Problem, Source, fingerprint, part_of
-from .store import DUPLICATES_FILE, SETTINGS_FILE, read_settings, write_manifest
+from .store import SETTINGS_FILE, is_store, read_settings, write_lists
 
 
 @dataclass
@@ -103,7 +100,8 @@ def extract(
         codec: how the flow is stored: "q16", the smallest, or "png", which other tools read.
         device: where the flow is computed: "cpu", or "cuda" for methods of torch.
         part: (i, n) takes part i of n (i from 1) of the sources, see `part_of`; parts may write to
-            one store at the same time, or to several that are merged later.
+            one store at the same time, or to several that are merged later. With n > 1 the lists of
+            all sources, manifest and duplicates, are left for a call without `part`, or the merge.
         engine: "local" for processes of this machine, "ray" for tasks of Ray.
         strict: raise at the first problem; what was done before is kept.
         timeout: seconds without a new frame or pair after which a worker is given up (0: never).
@@ -126,6 +124,7 @@ def extract(
     sources = part_of(sources, *part)
     store = Path(out)
     start = time.perf_counter()
+    job = partial(extract_source, store=store.absolute(), settings=settings, device=device)
     summary = Summary(sources=len(sources))
     try:
         _open_store(store, settings)
@@ -136,17 +135,14 @@ def extract(
                 for problem in problems:
                     listed.note(problem.source, problem.reason)
                 todo = _look_up(store, sources, summary, listed)
-                job = partial(
-                    extract_source, store=store.absolute(), settings=settings, device=device
-                )
                 _work(todo, job, workers, engine, timeout, progress, summary, listed)
             except BaseException:  # Ctrl-C too
                 with suppress(OSError):  # a full disk: not in place of the first error
                     listed.save()
                 raise
             listed.save()
-            write_manifest(store)
-            summary.duplicates = write_duplicates(store)
+            if part[1] == 1:  # else each of n parts would read the indexes of all
+                summary.duplicates = write_lists(store)
     except OSError as error:
         raise _cannot_write(store, error) from error
     summary.seconds = time.perf_counter() - start
@@ -163,12 +159,7 @@ def make_settings(
     codec: str,
     device: str = "cpu",
 ) -> Settings:
-    """Check what `extract` is called with, before any work.
-
-    Raises:
-        ValueError: wrong method, option or number.
-        RuntimeError: the method is not available in the installed OpenCV.
-    """
+    """Check what `extract` is called with, before any work; raises its ValueError, RuntimeError."""
     if isinstance(gap, str) and gap != "auto":
         raise ValueError(f"gap must be seconds or 'auto', got {gap!r}")
     if size < MIN_SIZE or (gap != "auto" and gap <= 0) or (every is not None and every < 0):
@@ -183,23 +174,36 @@ def make_settings(
         every = gap if every is None else float(every)
     if method == "farneback" and device != "cpu":
         method = "farneback-torch"  # in a store "farneback" is OpenCV's: never both in one
-    settings = Settings(
-        method, method_options(method, options or {}), size, gap, every, consistency, codec
-    )
+    checked = method_options(method, options or {})
     # One small pair up front: a value or a library that is wrong must not fail once a video.
     blank = np.zeros((1, 128, 128), np.uint8)
     try:
-        optical_flows(blank, blank, method, device, **settings.options)
+        optical_flows(blank, blank, method, device, **checked)
     except (cv2.error, TypeError) as error:
-        raise ValueError(f"{method} refuses the options {settings.options}: {error}") from error
-    return settings
+        raise ValueError(f"{method} refuses the options {checked}: {error}") from error
+    return Settings(method, checked, size, gap, every, consistency, codec)
+
+
+def _open_store(store: Path, settings: Settings) -> None:
+    """Make the store, or check that the one that is there was made with the same settings."""
+    wanted = {"version": VERSION, **asdict(settings)}
+    if not is_store(store):
+        store.mkdir(parents=True, exist_ok=True)
+        write_atomically(store / SETTINGS_FILE, json.dumps(wanted, indent=2).encode())
+    found = read_settings(store)
+    for key, value in wanted.items():
+        if found.get(key) != value:
+            raise StoreError(
+                f"{store} was made with {key} = {found.get(key)!r}, now {value!r} is asked for: "
+                "one store has one setting; choose another --out, or delete the store"
+            )
 
 
 def _look_up(
     store: Path, sources: Sequence[Source], summary: Summary, listed: ProblemList
-) -> dict[str, tuple[Source, float]]:
-    """Return what is not done yet, by name, with its weight (bytes) for the progress bar."""
-    todo = {}
+) -> list[tuple[Source, float]]:
+    """Return what is not done yet, with its weight (bytes) for the progress bar."""
+    todo = []
     for source in sources:
         try:
             now = fingerprint(source)
@@ -208,7 +212,7 @@ def _look_up(
             continue
         index = finished(store, source)
         if index is None:
-            todo[source.name] = source, float(now.bytes or 1)
+            todo.append((source, float(now.bytes or 1)))
             continue
         # Stores of version 1 do not say what image folders held.
         known = index.get("source_bytes") or now.bytes, index.get("source_files") or now.files
@@ -222,78 +226,8 @@ def _look_up(
             listed.note(source.name, index["problem"])
     # What hung or killed a worker before would cost the same time again: it comes last.
     bad = (pool.DIED, pool.STALLED)
-    late = {p.source for p in read_problems(store / PROBLEMS_FILE) if p.reason.startswith(bad)}
-    return dict(sorted(todo.items(), key=lambda entry: entry[0] in late))
-
-
-def _work(
-    todo: Mapping[str, tuple[Source, float]],
-    job: pool.Job[Source, tuple[dict[str, Any] | None, str | None]],
-    workers: int,
-    engine: str,
-    timeout: float,
-    progress: bool,
-    summary: Summary,
-    listed: ProblemList,
-) -> None:
-    weights = {name: weight for name, (_, weight) in todo.items()}
-    with Bar(weights, enabled=progress and bool(todo)) as bar:
-
-        def report(source: Source, share: float, pairs: int) -> None:
-            bar.report(source.name, share, pairs)
-
-        items = [source for source, _ in todo.values()]
-        if engine == "ray":
-            from . import ray_engine
-
-            results = ray_engine.run(items, job, workers or 1, report, timeout)
-        else:
-            results = pool.run(items, job, workers, report, timeout)
-        with closing(results):  # type: ignore[type-var]
-            for source, result, died in results:
-                bar.done(source.name)
-                index, problem = result or (None, died)
-                if index is not None:
-                    summary.done += 1
-                    summary.pairs += index["pairs"]
-                    summary.bytes += index["tar_bytes"]
-                    summary.skipped.update(index["skipped"])
-                listed.note(source.name, problem)
-
-
-def write_duplicates(store: Path) -> dict[str, str]:
-    """Write duplicates.json: which sources of a store are copies of others; return its content.
-
-    Raises:
-        StoreError: an index is damaged.
-        OSError: the store cannot be written.
-    """
-    hashes = {}
-    for file in index_files(store):
-        index = read_index(file)
-        hashes[index["source"]] = [int(text, 16) for text in index.get("hashes", ())]
-    found = find_duplicate_sources(hashes) if len(hashes) > 1 else {}
-    if found or (store / DUPLICATES_FILE).exists():
-        write_atomically(store / DUPLICATES_FILE, json.dumps(found, indent=2).encode() + b"\n")
-    return found
-
-
-def _open_store(store: Path, settings: Settings) -> None:
-    """Make the store, or check that the one that is there was made with the same settings."""
-    wanted = {"version": VERSION, **asdict(settings)}
-    if not (store / SETTINGS_FILE).exists():
-        ours = {LOCK_FILE, SETTINGS_FILE, f".{SETTINGS_FILE}.tmp"}  # a call was killed or begins
-        if store.exists() and (not store.is_dir() or {p.name for p in store.iterdir()} - ours):
-            raise StoreError(f"{store} exists and is no flow store: choose another folder")
-        store.mkdir(parents=True, exist_ok=True)
-        write_atomically(store / SETTINGS_FILE, json.dumps(wanted, indent=2).encode())
-    found = read_settings(store)
-    for key, value in wanted.items():
-        if found.get(key) != value:
-            raise StoreError(
-                f"{store} was made with {key} = {found.get(key)!r}, now {value!r} is asked for: "
-                "one store has one setting; choose another --out, or delete the store"
-            )
+    late = {name for name, reason in read_problems(store).items() if reason.startswith(bad)}
+    return sorted(todo, key=lambda entry: entry[0].name in late)
 
 
 def finished(store: Path, source: Source) -> dict[str, Any] | None:
@@ -303,10 +237,45 @@ def finished(store: Path, source: Source) -> dict[str, Any] | None:
         return None
     try:
         index = read_index(file)
-        check_size(store, index)
+        check_size(shard_path(store, source.name), index)
     except StoreError:
         return None  # damaged: computed again
     return index
+
+
+def _work(
+    todo: Sequence[tuple[Source, float]],
+    job: pool.Job[Source, tuple[dict[str, Any] | None, str | None]],
+    workers: int,
+    engine: str,
+    timeout: float,
+    progress: bool,
+    summary: Summary,
+    listed: ProblemList,
+) -> None:
+    sources = [source for source, _ in todo]
+    weights = {source.name: weight for source, weight in todo}
+    with Bar(weights, enabled=progress and bool(todo)) as bar:
+
+        def report(source: Source, share: float, pairs: int) -> None:
+            bar.report(source.name, share, pairs)
+
+        if engine == "ray":
+            from . import ray_engine
+
+            results = ray_engine.run(sources, job, workers or 1, report, timeout)
+        else:
+            results = pool.run(sources, job, workers, report, timeout)
+        with closing(results):
+            for source, result, died in results:
+                bar.done(source.name)
+                index, problem = result or (None, died)
+                if index is not None:
+                    summary.done += 1
+                    summary.pairs += index["pairs"]
+                    summary.bytes += index["tar_bytes"]
+                    summary.skipped.update(index["skipped"])
+                listed.note(source.name, problem)
 
 
 def _cannot_write(store: Path, error: OSError) -> OSError:

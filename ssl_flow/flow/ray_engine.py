@@ -11,11 +11,11 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from .pool import DIED, TIMEOUT, Item, Job, Report, Result
+from .pool import DIED, TIMEOUT, Item, Job, Report, Result, Results
 
 
 def run(
@@ -24,7 +24,7 @@ def run(
     workers: int,
     report: Report[Item],
     timeout: float = TIMEOUT,
-) -> Iterator[tuple[Item, Result | None, str | None]]:
+) -> Results[Item, Result]:
     """Yield (item, result, None), or (item, None, reason) where a worker died, as they finish.
 
     Uses the Ray that the caller has started, or the cluster at RAY_ADDRESS, or starts Ray on this
