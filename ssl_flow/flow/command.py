@@ -8,14 +8,15 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import tyro
 
-from .extract import Summary, extract, make_settings
+from .extract import Summary, check_settings, extract
+from .job import Settings
 from .options import OPTIONS, Option
 from .plan import Plan, make_plan
 from .pool import TIMEOUT
@@ -67,16 +68,7 @@ class FlowCommand:
 
 
 def flow_command(argv: Sequence[str]) -> int:
-    """Run `ssl-flow flow` with the arguments that follow these two words.
-
-    Returns:
-        The exit code: 0, also if some videos could not be used (they are named); 1 if the store
-        holds no pair at the end (not asked of a --shard), or after a problem with --strict; 2 if
-        the call was wrong or the store cannot be written; 130 and 143 after Ctrl-C and SIGTERM.
-
-    Raises:
-        SystemExit: by the parser: 0 after --help, 2 for a wrong flag.
-    """
+    """Run `ssl-flow flow`; returns the exit code, see docs/store.md."""
     command = tyro.cli(FlowCommand, args=list(argv), prog="ssl-flow flow")
     try:
         with _terminable():
@@ -85,12 +77,9 @@ def flow_command(argv: Sequence[str]) -> int:
         kept = "videos that were finished are kept, repeat the call to go on"
         _say(f"ssl-flow flow: stopped; {kept}", sys.stderr)
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
-    except ProblemError as error:
-        _say(f"ssl-flow flow: error: {error}", sys.stderr)
-        return 1
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         _say(f"ssl-flow flow: error: {error}", sys.stderr)
-        return 2
+        return 1 if isinstance(error, ProblemError) else 2
 
 
 def _run(command: FlowCommand) -> int:
@@ -98,29 +87,31 @@ def _run(command: FlowCommand) -> int:
         raise ValueError(f"--workers must be at least 1, got {command.workers}")
     part = _parse_part(command.shard)
     sources, problems = find_sources(command.paths)
-    same = ("method", "size", "gap", "every", "consistency", "codec", "device")
-    settings: dict[str, Any] = {name: getattr(command, name) for name in same}
-    settings["options"] = dict(_parse_option(text) for text in command.option)
+    settings = Settings(
+        command.method,
+        dict(_parse_option(text) for text in command.option),
+        command.size,
+        command.gap,
+        command.every,
+        command.consistency,
+        command.codec,
+    )
+    workers, device, timeout = command.workers, command.device, command.timeout
     if command.dry_run:
-        plan = make_plan(
-            part_of(sources, *part),
-            command.out,
-            make_settings(**settings),
-            command.workers,
-            command.device,
-            command.timeout,
-        )
+        settings, sources = check_settings(settings, device), part_of(sources, *part)
+        plan = make_plan(sources, command.out, settings, workers, device, timeout)
         _print_plan(plan, command, len(problems))
         return 0
     summary = extract(
         sources,
         command.out,
-        **settings,
-        workers=command.workers,
+        **asdict(settings),
+        workers=workers,
+        device=device,
         part=part,
         engine=command.engine,
         strict=command.strict,
-        timeout=command.timeout,
+        timeout=timeout,
         problems=problems if part[0] == 1 else (),  # else each part would name them
         progress=True,
     )

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +35,7 @@ from .shard import (
     write_atomically,
 )
 from .sources import Problem, Source, fingerprint, part_of
-from .store import SETTINGS_FILE, is_store, read_settings, write_lists
+from .store import SETTINGS_FILE, differing, is_store, read_settings, write_lists
 
 
 @dataclass
@@ -115,7 +115,8 @@ def extract(
         ProblemError: the first problem, if `strict`.
         OSError: the store cannot be written.
     """
-    settings = make_settings(method, size, gap, every, consistency, options, codec, device)
+    settings = Settings(method, dict(options or {}), size, gap, every, consistency, codec)
+    settings = check_settings(settings, device)
     if workers < 0 or timeout < 0:
         raise ValueError(f"workers and timeout must be at least 0, got {workers} and {timeout}")
     double = [name for name, n in Counter(source.name for source in sources).items() if n > 1]
@@ -149,17 +150,9 @@ def extract(
     return summary
 
 
-def make_settings(
-    method: str,
-    size: int,
-    gap: float | Literal["auto"],
-    every: float | None,
-    consistency: bool,
-    options: Mapping[str, Option] | None,
-    codec: str,
-    device: str = "cpu",
-) -> Settings:
-    """Check what `extract` is called with, before any work; raises its ValueError, RuntimeError."""
+def check_settings(settings: Settings, device: str) -> Settings:
+    """Complete what `extract` is called with, before any work; raises its ValueError etc."""
+    method, size, gap, every = settings.method, settings.size, settings.gap, settings.every
     if isinstance(gap, str) and gap != "auto":
         raise ValueError(f"gap must be seconds or 'auto', got {gap!r}")
     if size < MIN_SIZE or (gap != "auto" and gap <= 0) or (every is not None and every < 0):
@@ -167,21 +160,21 @@ def make_settings(
             f"size must be at least {MIN_SIZE}, gap above 0, every at least 0; "
             f"got size {size}, gap {gap}, every {every}"
         )
-    if codec not in CODECS:
-        raise ValueError(f"unknown codec {codec!r}{nearest(codec, CODECS)}")
+    if settings.codec not in CODECS:
+        raise ValueError(f"unknown codec {settings.codec!r}{nearest(settings.codec, CODECS)}")
     if gap != "auto":
         gap = float(gap)
         every = gap if every is None else float(every)
     if method == "farneback" and device != "cpu":
         method = "farneback-torch"  # in a store "farneback" is OpenCV's: never both in one
-    checked = method_options(method, options or {})
+    options = method_options(method, settings.options)
     # One small pair up front: a value or a library that is wrong must not fail once a video.
     blank = np.zeros((1, 128, 128), np.uint8)
     try:
-        optical_flows(blank, blank, method, device, **checked)
+        optical_flows(blank, blank, method, device, **options)
     except (cv2.error, TypeError) as error:
-        raise ValueError(f"{method} refuses the options {checked}: {error}") from error
-    return Settings(method, checked, size, gap, every, consistency, codec)
+        raise ValueError(f"{method} refuses the options {options}: {error}") from error
+    return replace(settings, method=method, options=options, gap=gap, every=every)
 
 
 def _open_store(store: Path, settings: Settings) -> None:
@@ -191,12 +184,11 @@ def _open_store(store: Path, settings: Settings) -> None:
         store.mkdir(parents=True, exist_ok=True)
         write_atomically(store / SETTINGS_FILE, json.dumps(wanted, indent=2).encode())
     found = read_settings(store)
-    for key, value in wanted.items():
-        if found.get(key) != value:
-            raise StoreError(
-                f"{store} was made with {key} = {found.get(key)!r}, now {value!r} is asked for: "
-                "one store has one setting; choose another --out, or delete the store"
-            )
+    if key := differing(wanted, found):
+        raise StoreError(
+            f"{store} was made with {key} = {found.get(key)!r}, now {wanted.get(key)!r} is asked "
+            "for: one store has one setting; choose another --out, or delete the store"
+        )
 
 
 def _look_up(
@@ -280,11 +272,8 @@ def _work(
 
 def _cannot_write(store: Path, error: OSError) -> OSError:
     """Say in one sentence what could not be written and what to do."""
-    advice = "choose another --out"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        advice = "make room there"
-    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        advice = "make it writable, or choose another --out"
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    advice = "make room there" if full else "make it writable, or choose another --out"
     place = os.fspath(error.filename or store)
     return OSError(
         f"{place} cannot be written ({error.strerror or error}): {advice}, and repeat the call; "

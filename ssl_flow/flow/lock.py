@@ -17,9 +17,7 @@ LOCK_FILE = ".lock"
 def store_lock(store: Path, shared: bool = False) -> Iterator[None]:
     """Keep other calls out of a store; the lock ends with the process, however that ends.
 
-    Args:
-        store: its folder.
-        shared: let in others that share it as well: parts of the same work.
+    A `shared` lock lets in others that are shared as well: parts of the same work.
 
     Raises:
         StoreError: another call is writing there.

@@ -27,7 +27,7 @@ from .shard import (
     shard_of,
     write_atomically,
 )
-from .store import SETTINGS_FILE, is_store, read_settings, write_lists
+from .store import SETTINGS_FILE, differing, is_store, read_settings, write_lists
 
 
 @dataclass
@@ -66,7 +66,12 @@ def merge_stores(stores: Sequence[str | Path], out: str | Path, copy: bool = Fal
     parts = list({part.resolve(): part for part in given}.values())
     settings = read_settings(parts[0])
     for part in parts[1:]:
-        _check_settings(parts[0], settings, part)
+        found = read_settings(part)
+        if key := differing(settings, found):
+            raise StoreError(
+                f"{parts[0]} was made with {key} = {settings.get(key)!r}, {part} with "
+                f"{found.get(key)!r}: only stores with the same settings can be merged"
+            )
     with ExitStack() as locks:
         for part in parts:
             with suppress(OSError):  # it may only be read: then nobody writes there
@@ -103,16 +108,6 @@ def _transfer(files: Mapping[Path, Path], target: Path, copy: bool) -> Merged:
             merged.copied += 1
         write_atomically(place, file.read_bytes())
     return merged
-
-
-def _check_settings(first: Path, wanted: dict[str, Any], store: Path) -> None:
-    found = read_settings(store)
-    for key in sorted({*wanted, *found}):
-        if wanted.get(key) != found.get(key):
-            raise StoreError(
-                f"{first} was made with {key} = {wanted.get(key)!r}, {store} with "
-                f"{found.get(key)!r}: only stores with the same settings can be merged"
-            )
 
 
 def _collect(stores: Sequence[Path]) -> dict[Path, Path]:
@@ -185,14 +180,7 @@ class MergeCommand:
 
 
 def merge_command(argv: Sequence[str]) -> int:
-    """Run `ssl-flow merge-flow` with the arguments that follow these two words.
-
-    Returns:
-        The exit code: 0, or 2 if the stores cannot be merged.
-
-    Raises:
-        SystemExit: by the parser: 0 after --help, 2 for a wrong flag.
-    """
+    """Run `ssl-flow merge-flow`; returns the exit code: 0, or 2 if the stores cannot be merged."""
     command = tyro.cli(MergeCommand, args=list(argv), prog="ssl-flow merge-flow")
     try:
         merged = merge_stores(command.stores, command.out, command.copy)

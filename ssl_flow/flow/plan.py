@@ -29,13 +29,13 @@ class Plan:
 
     sources: int  # of this part
     already_done: int
-    unusable: int  # of the sampled ones
     video_seconds: float  # of those that are not done
     pairs: float
     bytes: float
     seconds: float  # with the given number of workers
     sampled: int  # videos of which pairs were computed
     sampled_pairs: int
+    unusable: int  # that were tried, too
 
 
 def make_plan(

@@ -56,8 +56,6 @@ def safe_name(source: str) -> str:
     other systems and tools refuse (control characters, bytes that are not UTF-8): such a part is
     cleaned, shortened, and made unique by a hash of the whole name.
 
-    >>> safe_name("clips/tom/a.mp4")
-    'clips/tom/a.mp4'
     >>> safe_name("clips/two\nlines.mp4")
     'clips/two_lines.mp4-a645ad3f9462d999'
 
@@ -100,11 +98,7 @@ def shard_of(index_file: Path) -> Path:
 
 
 def read_index(file: Path) -> dict[str, Any]:
-    """Read the index of one shard.
-
-    Raises:
-        StoreError: it is not readable.
-    """
+    """Read the index of one shard; StoreError if it is damaged."""
     try:
         index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         for key, kind in {"source": str, "tar_bytes": int, "pairs": int, "samples": list}.items():

@@ -87,6 +87,7 @@ class FlowStore:
         include = [include] if isinstance(include, str) else include
         self.path = Path(path)
         self.settings = read_settings(self.path)
+        self._members = _member_names(self.settings)
         indexes = [(file, read_index(file)) for file in index_files(self.path)]
         names = [index["source"] for _, index in indexes]
         for pattern in include or ():
@@ -110,14 +111,9 @@ class FlowStore:
         self._rows = np.concatenate(rows)
 
     @property
-    def _members(self) -> list[str]:
-        return _member_names(self.settings)
-
-    @property
     def source_numbers(self) -> NDArray[np.int64]:
         """(len(self),): which of `sources` each pair is from."""
-        numbers: NDArray[np.int64] = self._rows[:, 0]
-        return numbers
+        return np.asarray(self._rows[:, 0], np.int64)
 
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -146,15 +142,10 @@ class FlowStore:
 
 
 def read_duplicates(store: Path) -> dict[str, str]:
-    """Read which sources are copies of others: source -> the original; {} if nothing was found.
-
-    Raises:
-        StoreError: nobody has looked for them yet, or the file is damaged.
-    """
+    """Read which sources are copies of others: source -> the original; {} if nothing was found."""
     file = store / DUPLICATES_FILE
     try:
-        found: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
-        return found
+        return dict(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         if (store / MANIFEST_FILE).exists():
             return {}
@@ -180,19 +171,16 @@ def verify(store: str | Path, deep: bool = True) -> dict[str, str]:
     damage = {}
     files = index_files(path)
     for file in files:
-        shard = shard_of(file)
+        place = file
         try:
             index = read_index(file)
             table = _sample_table(path, file, index, members)
-        except StoreError as error:
-            damage[str(file.relative_to(path))] = str(error)
-            continue
-        try:
+            place = shard = shard_of(file)
             check_size(shard, index)
             if deep:
                 _check_contents(shard, index, table, members)
         except (StoreError, OSError) as error:
-            damage[str(shard.relative_to(path))] = str(error)
+            damage[str(place.relative_to(path))] = str(error)
     for shard in sorted({*path.glob("shards/**/*.tar")} - {shard_of(file) for file in files}):
         if shard.is_file():
             reason = f"{shard} is unfinished, it has no *{INDEX_SUFFIX}: {MEND}"
@@ -204,10 +192,7 @@ def write_lists(store: Path) -> dict[str, str]:
     """Write manifest.jsonl and duplicates.json from the indexes; return the latter's content.
 
     The indexes are the truth: after a killed call the lists are merely older than they are.
-
-    Raises:
-        StoreError: an index is damaged.
-        OSError: the store cannot be written.
+    Raises StoreError if one is damaged.
     """
     hashes = {}
     with replacing(store / MANIFEST_FILE) as manifest:  # locked first: the last writer sees all
@@ -331,11 +316,7 @@ def is_store(path: Path) -> bool:
 
 
 def read_settings(store: Path) -> dict[str, Any]:
-    """Read store.json.
-
-    Raises:
-        StoreError: there is none, or it has a newer version.
-    """
+    """Read store.json; StoreError if there is none, or it has a newer version."""
     try:
         settings: dict[str, Any] = json.loads((store / SETTINGS_FILE).read_text(encoding="utf-8"))
         version = settings["version"]
@@ -351,6 +332,12 @@ def read_settings(store: Path) -> dict[str, Any]:
     if settings.get("codec", "png") not in CODECS:
         raise StoreError(f"{store}: codec {settings['codec']!r} is unknown; known: {CODECS}")
     return settings
+
+
+def differing(settings: Mapping[str, Any], others: Mapping[str, Any]) -> str | None:
+    """Return the first key in which the settings of two stores differ."""
+    keys = [*settings, *others]
+    return next((key for key in keys if settings.get(key) != others.get(key)), None)
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -12,7 +12,8 @@ import pytest
 from clips import living_source, moving, texture
 
 from ssl_flow.flow import Frame, Source, VideoError, extract
-from ssl_flow.flow.extract import make_settings
+from ssl_flow.flow.extract import check_settings
+from ssl_flow.flow.job import Settings
 from ssl_flow.flow.plan import make_plan
 from ssl_flow.flow.progress import Bar
 from ssl_flow.flow.store import verify
@@ -30,7 +31,7 @@ def dying_source(short_side):
 
 def test_a_dry_run_survives_what_hangs_or_crashes(tmp_path):
     sources = {"a": living_source, "crashes": dying_source, "hangs": hanging_source}
-    settings = make_settings("dis", 256, 0.1, None, False, {}, "q16")
+    settings = check_settings(Settings("dis", {}, 256, 0.1, None, False), "cpu")
     plan = make_plan(
         [Source(name, frames) for name, frames in sources.items()],
         tmp_path / "store",
