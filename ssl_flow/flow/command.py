@@ -83,8 +83,9 @@ def flow_command(argv: Sequence[str]) -> int:
 
 
 def _run(command: FlowCommand) -> int:
-    if command.workers < 1:
-        raise ValueError(f"--workers must be at least 1, got {command.workers}")
+    workers, device, timeout = command.workers, command.device, command.timeout
+    if workers < 1 or timeout < 0:
+        raise ValueError(f"--workers must be at least 1, --timeout 0; got {workers}, {timeout:g}")
     part = _parse_part(command.shard)
     sources, problems = find_sources(command.paths)
     settings = Settings(
@@ -96,7 +97,6 @@ def _run(command: FlowCommand) -> int:
         command.consistency,
         command.codec,
     )
-    workers, device, timeout = command.workers, command.device, command.timeout
     if command.dry_run:
         settings, sources = check_settings(settings, device), part_of(sources, *part)
         plan = make_plan(sources, command.out, settings, workers, device, timeout)
@@ -117,7 +117,8 @@ def _run(command: FlowCommand) -> int:
     )
     _print_summary(summary, command.out)
     if part[1] > 1:
-        _say("when all parts are done, the same command without --shard lists them")
+        last = "the same command without --shard, or merge-flow for stores of their own"
+        _say(f"manifest and duplicates are written when all parts are done, by {last}")
         return 0
     if summary.pairs + summary.known_pairs == 0 and len(FlowStore(command.out)) == 0:
         _say(f"ssl-flow flow: error: {command.out} holds no pair", sys.stderr)

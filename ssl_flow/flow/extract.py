@@ -74,11 +74,10 @@ def extract(
     timeout: float = pool.TIMEOUT,
     problems: Sequence[Problem] = (),
 ) -> Summary:
-    """Compute the flow of pairs of frames and store both.
+    """Compute the flow of pairs of frames and store both; repeat an interrupted call to go on.
 
-    A source that is complete in the store is not computed again: an interrupted call is continued
-    by repeating it. A source that cannot be read is reported and left out; of one that is damaged
-    the good part is kept.
+    A source that is complete in the store is not computed again. One that cannot be read is
+    reported and left out; of one that is damaged the good part is kept.
 
     Args:
         sources: what to read, see `find_sources`.
@@ -87,10 +86,8 @@ def extract(
         size: frames are shrunk to this shorter side in pixels before the flow is computed; frames
             and flow are stored at that size. Smaller videos keep theirs.
         gap: seconds between the two frames of a pair. At 0.1 most objects move by 1 to 10 pixels,
-            where the methods are accurate; one frame at 10 frames a second, three at 30. "auto"
-            chooses it for each video by its motion, see `choose_gap`.
-        every: seconds between the starts of two pairs; None: as `gap`, pairs then follow each other
-            without overlap.
+            where the methods are accurate. "auto" chooses it for each video by its motion.
+        every: seconds between the starts of two pairs; None: as `gap`, without overlap.
         consistency: also compute the backward flow (twice the time) and store where both agree.
         workers: number of worker processes; 0 works in this one, where a source that hangs or
             crashes ends the call. With workers, the calling script needs the usual
@@ -100,8 +97,8 @@ def extract(
         codec: how the flow is stored: "q16", the smallest, or "png", which other tools read.
         device: where the flow is computed: "cpu", or "cuda" for methods of torch.
         part: (i, n) takes part i of n (i from 1) of the sources, see `part_of`; parts may write to
-            one store at the same time, or to several that are merged later. With n > 1 the lists of
-            all sources, manifest and duplicates, are left for a call without `part`, or the merge.
+            one store at the same time, or to several that are merged later. With n > 1, manifest
+            and duplicates are left for a call without `part`, or for the merge.
         engine: "local" for processes of this machine, "ray" for tasks of Ray.
         strict: raise at the first problem; what was done before is kept.
         timeout: seconds without a new frame or pair after which a worker is given up (0: never).

@@ -165,7 +165,8 @@ def open_temporary(path: Path, patience: float = math.inf) -> IO[bytes]:
             raise BusyError(f"{path} is being written by another process") from None
         with suppress(FileNotFoundError):
             if not locked or os.path.samestat(os.fstat(file.fileno()), temporary.stat()):
-                file.truncate(0)
+                file.seek(0)
+                file.truncate()
                 return file
         file.close()  # the other process renamed it between our two lines: look again
 

@@ -263,6 +263,7 @@ def test_the_codec_is_chosen(tmp_path):
         (["--method", "tvll"], "unknown flow method 'tvll', did you mean 'tvl1'"),
         (["--device", "cuda"], "'dis' is OpenCV's and runs on device 'cpu' alone"),
         (["--workers", "0"], "--workers must be at least 1"),
+        (["--timeout", "-1", "--dry-run"], "--timeout 0; got 2, -1"),
         (["--option", "preset"], "NAME=VALUE"),
     ],
 )

@@ -80,6 +80,7 @@ def test_the_list_of_problems_is_removed_while_it_is_locked(tmp_path, monkeypatc
     first = ProblemList(tmp_path, strict=False)
     first.note("a", "broken")
     first.save()
+    (tmp_path / ".problems.jsonl.tmp").write_bytes(b"left by a killed process")
     locked, unlink = [], Path.unlink
 
     def watched(path, missing_ok=False):
