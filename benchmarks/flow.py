@@ -38,8 +38,8 @@ from ssl_flow.flow.pairs import is_still, pair_frames
 
 SIZE, GAP, BATCH = 256, 0.1, 32
 GOALS = {"1 worker": 0.95, "2 workers": 1.9}  # times the loop's pairs/s, to be reached
-# Another name of dis-medium; what `farneback` is on a CPU; needs weights.
-LEFT_OUT = ("dis", "farneback-opencv", "raft")
+# Another name of dis-medium; what `farneback` is on a CPU and on CUDA; needs weights.
+LEFT_OUT = ("dis", "farneback-opencv", "farneback-torch", "raft")
 Pair = tuple[np.ndarray, np.ndarray]  # two grey pictures (H, W)
 # Stage of each function: its time with all that it calls, or, for what yields to other stages and
 # for the small ones, by itself.

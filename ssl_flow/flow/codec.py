@@ -1,21 +1,18 @@
 """Flow as a few kilobytes: 16-bit fixed point, as `q16` (compact) or as `png` (KITTI's encoding).
 
-`q16` rounds to 1/16 pixel. Its error, 0.018 px on average, is far below that of the estimators
-(0.25 px and more), so finer steps would only store their noise. Flow is smooth: its second
-difference, across and down, is mostly within some steps of zero. Zigzag coding (0, -1, 1, -2, ...)
-makes that small without a sign, so that nearly all high bytes are zero; stored apart from the low
-ones, they cost nothing. Measured on flow of real video: 16 kB a 224x224 pair, against 30 kB with
-differences across only and signed, and 201 kB as float16.
+`q16` rounds to 1/16 pixel, far below the error of the estimators (0.25 px and more). Flow is
+smooth: its second difference, across and down, is mostly within some steps of zero. Zigzag coding
+(0, -1, 1, -2, ...) makes that small without a sign, so that nearly all high bytes are zero; stored
+apart from the low ones, they cost nothing. Bytes and measurements: docs/store.md.
 
 `png` is the paper's own choice ("fixed point 16bit PNG files similar to KITTI", Mahendran et al.,
-ACCV 2018, footnote 1) and what other flow tools read. It is larger and slower.
+ACCV 2018, footnote 1) and what other flow tools read.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
-from types import ModuleType
 
 import cv2
 import numpy as np
@@ -34,12 +31,10 @@ _KITTI_STEPS, _KITTI_ZERO = 64, 2**15
 
 
 def encode_flow(flow: NDArray[np.float32], codec: str = "q16") -> bytes:
-    """Encode a flow (H, W, 2) in pixels.
+    """Encode a flow (H, W, 2) in pixels, x right, y down.
 
-    Args:
-        flow: x right, y down. Values beyond -2048 ... +2047.9375 pixels (`png`: -512 ... +511.98)
-            are stored as those limits.
-        codec: "q16", rounded to 1/16 pixel, or "png", 1/64 pixel, as in the KITTI benchmark.
+    "q16" rounds to 1/16 pixel, "png", KITTI's, to 1/64. Values beyond -2048 ... +2047.9375 pixels
+    (`png`: -512 ... +511.98) are stored as those limits.
 
     Raises:
         ValueError: unknown codec, the shape is not (H, W, 2), empty or larger than `MAX_PIXELS`, or
@@ -79,15 +74,6 @@ def png(image: NDArray, options: list[int]) -> bytes:
     return data.tobytes()
 
 
-def _zstandard() -> ModuleType:
-    """The library, imported when it is needed: methods of flow work without it."""
-    try:
-        import zstandard
-    except ImportError as error:
-        raise ImportError("codec q16 needs zstandard: pip install zstandard") from error
-    return zstandard
-
-
 def _check_size(height: int, width: int) -> None:
     if not (0 < height < 2**16 and 0 < width < 2**16 and height * width <= MAX_PIXELS):
         raise ValueError(
@@ -104,18 +90,22 @@ def _fixed(flow: NDArray[np.float32], steps: int) -> NDArray[np.int16]:
 
 
 def _encode_q16(flow: NDArray[np.float32]) -> bytes:
+    import zstandard  # here: methods of flow work without it
+
     # Everything is modulo 2^16: what wraps around here does so again when it is undone.
     delta = _fixed(flow, _STEPS)
     delta[:, :, 1:] -= delta[:, :, :-1].copy()
     delta[:, 1:] -= delta[:, :-1].copy()
     zigzag = (delta << 1) ^ (delta >> 15)
     halves = zigzag.astype("<i2", copy=False).view(np.uint8).reshape(-1, 2)
-    payload: bytes = _zstandard().ZstdCompressor(level=_LEVEL).compress(halves.T.tobytes())
+    payload: bytes = zstandard.ZstdCompressor(level=_LEVEL).compress(halves.T.tobytes())
     header = _HEADER.pack(_MAGIC, _Q16_VERSION, *flow.shape[:2], _STEPS, 0)
     return header + _CRC.pack(zlib.crc32(payload, zlib.crc32(header))) + payload
 
 
 def _decode_q16(data: bytes) -> NDArray[np.float32]:
+    import zstandard
+
     start = _HEADER.size + _CRC.size
     if len(data) < start:
         raise ValueError("damaged q16 flow: shorter than its header")
@@ -129,7 +119,6 @@ def _decode_q16(data: bytes) -> NDArray[np.float32]:
     # The checksum stops accidents, not malice: what is allocated is bounded before it is.
     _check_size(height, width)
     size = 4 * height * width
-    zstandard = _zstandard()
     try:
         if steps == 0 or zstandard.frame_content_size(payload) != size:
             raise ValueError("damaged q16 flow: its header and its contents disagree")

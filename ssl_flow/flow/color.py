@@ -19,14 +19,10 @@ def flow_to_rgb(flow: NDArray[np.float32], max_magnitude: float | None = None) -
 
     Raises:
         ValueError: the shape is not (H, W, 2), or `max_magnitude` is not positive.
-        ImportError: torchvision is not installed.
     """
     import torch
+    from torchvision.utils import flow_to_image
 
-    try:
-        from torchvision.utils import flow_to_image
-    except ImportError as error:
-        raise ImportError("flow pictures need torchvision: pip install torchvision") from error
     if flow.ndim != 3 or flow.shape[2] != 2:
         raise ValueError(f"flow must be (H, W, 2), got {flow.shape}")
     if max_magnitude is not None:

@@ -8,20 +8,23 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Literal, NoReturn
 
 import tyro
 
-from .extract import Summary, extract, make_settings
+from .extract import Summary, check_settings, extract
+from .job import Settings
 from .options import OPTIONS, Option
 from .plan import Plan, make_plan
 from .pool import TIMEOUT
 from .problems import PROBLEMS_FILE, ProblemError
 from .sources import find_sources, part_of
 from .store import DUPLICATES_FILE, FlowStore
+
+_NAMED = 50  # problems that are printed
 
 
 @dataclass
@@ -51,8 +54,9 @@ class FlowCommand:
     device: str = "cpu"
     """Where flow is computed: cpu, or cuda for tvl1, farneback and raft."""
     shard: str = "1/1"
-    """i/n: only part i of n (i from 1) of the videos, for job arrays: parts may write to one store
-    at once, or to several for `ssl-flow merge-flow`."""
+    """i/n: only part i of n (i from 1) of the videos, for job arrays. Parts may write to one store
+    at once (at the end, repeat the command without --shard: it does what a killed part left, and
+    writes manifest and duplicates), or to several for `ssl-flow merge-flow`."""
     engine: Literal["local", "ray"] = "local"
     """local: processes of this machine. ray: tasks of Ray, on one machine or a cluster."""
     strict: bool = False
@@ -64,81 +68,62 @@ class FlowCommand:
 
 
 def flow_command(argv: Sequence[str]) -> int:
-    """Run `ssl-flow flow` with the arguments that follow these two words.
-
-    Returns:
-        The exit code: 0, also if some videos could not be used (they are named); 1 if the store
-        holds no pair at the end, or after a problem with --strict; 2 if the call was wrong or the
-        store cannot be written; 130 and 143 after Ctrl-C and SIGTERM.
-
-    Raises:
-        SystemExit: by the parser: 0 after --help, 2 for a wrong flag.
-    """
+    """Run `ssl-flow flow`; returns the exit code, see docs/store.md."""
     command = tyro.cli(FlowCommand, args=list(argv), prog="ssl-flow flow")
     try:
         with _terminable():
             return _run(command)
     except KeyboardInterrupt as interrupt:
-        _say(
-            "ssl-flow flow: stopped; videos that were finished are kept, repeat the call to go on",
-            sys.stderr,
-        )
+        kept = "videos that were finished are kept, repeat the call to go on"
+        _say(f"ssl-flow flow: stopped; {kept}", sys.stderr)
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
-    except ProblemError as error:
-        _say(f"ssl-flow flow: error: {error}", sys.stderr)
-        return 1
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         _say(f"ssl-flow flow: error: {error}", sys.stderr)
-        return 2
+        return 1 if isinstance(error, ProblemError) else 2
 
 
 def _run(command: FlowCommand) -> int:
-    if command.workers < 1:
-        raise ValueError(f"--workers must be at least 1, got {command.workers}")
+    workers, device, timeout = command.workers, command.device, command.timeout
+    if workers < 1 or timeout < 0:
+        raise ValueError(f"--workers must be at least 1, --timeout 0; got {workers}, {timeout:g}")
     part = _parse_part(command.shard)
-    options = dict(_parse_option(text) for text in command.option)
     sources, problems = find_sources(command.paths)
+    settings = Settings(
+        command.method,
+        dict(_parse_option(text) for text in command.option),
+        command.size,
+        command.gap,
+        command.every,
+        command.consistency,
+        command.codec,
+    )
     if command.dry_run:
-        settings = make_settings(
-            command.method,
-            command.size,
-            command.gap,
-            command.every,
-            command.consistency,
-            options,
-            command.codec,
-            command.device,
-        )
-        mine = part_of(sources, *part)
-        plan = make_plan(mine, command.out, settings, command.workers, command.device)
+        settings, sources = check_settings(settings, device), part_of(sources, *part)
+        plan = make_plan(sources, command.out, settings, workers, device, timeout)
         _print_plan(plan, command, len(problems))
         return 0
     summary = extract(
         sources,
         command.out,
-        method=command.method,
-        options=options,
-        size=command.size,
-        gap=command.gap,
-        every=command.every,
-        consistency=command.consistency,
-        codec=command.codec,
-        workers=command.workers,
-        device=command.device,
+        **asdict(settings),
+        workers=workers,
+        device=device,
         part=part,
         engine=command.engine,
         strict=command.strict,
-        timeout=command.timeout,
+        timeout=timeout,
         problems=problems if part[0] == 1 else (),  # else each part would name them
         progress=True,
     )
     _print_summary(summary, command.out)
-    if summary.sources == 0:
-        return 0  # a part without a source
-    empty = summary.pairs + summary.known_pairs == 0 and len(FlowStore(command.out)) == 0
-    if empty:
+    if part[1] > 1:
+        last = "the same command without --shard, or merge-flow for stores of their own"
+        _say(f"manifest and duplicates are written when all parts are done, by {last}")
+        return 0
+    if summary.pairs + summary.known_pairs == 0 and len(FlowStore(command.out)) == 0:
         _say(f"ssl-flow flow: error: {command.out} holds no pair", sys.stderr)
-    return int(empty)
+        return 1
+    return 0
 
 
 @contextmanager
@@ -184,18 +169,15 @@ def _print_summary(summary: Summary, out: Path) -> None:
         _say("nothing to do: every usable video is already in the store")
     if summary.duplicates:
         _say(f"{len(summary.duplicates)} videos are copies of others, see {out / DUPLICATES_FILE}")
+    pairs, seconds, rate = summary.pairs, summary.seconds, ""
+    if pairs:
+        rate = f" ({pairs / seconds:.1f} pairs/s, {summary.bytes / pairs / 1000:.1f} kB a pair)"
     skipped = ", ".join(f"{number} {reason}" for reason, number in sorted(summary.skipped.items()))
     _say(
         f"{out}: {summary.done} videos done, {summary.already_done} already done, "
         f"{len(summary.problems)} problems\n"
-        f"{summary.pairs} pairs written in {summary.seconds:.1f} s"
-        + (f" ({summary.pairs / summary.seconds:.1f} pairs/s" if summary.pairs else "")
-        + (f", {summary.bytes / summary.pairs / 1000:.1f} kB a pair)" if summary.pairs else "")
-        + f"; skipped: {skipped or 'none'}"
+        f"{pairs} pairs written in {seconds:.1f} s{rate}; skipped: {skipped or 'none'}"
     )
-
-
-_NAMED = 50  # problems that are printed
 
 
 def _print_plan(plan: Plan, command: FlowCommand, problems: int) -> None:

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,26 +19,23 @@ import numpy as np
 
 from . import pool
 from .codec import CODECS
-from .duplicates import find_duplicate_sources
 from .estimators import MIN_SIZE, Option, method_options, optical_flows
 from .job import Settings, extract_source
-from .lock import LOCK_FILE, store_lock
+from .lock import store_lock
 from .options import nearest
-from .problems import PROBLEMS_FILE as PROBLEMS_FILE  # for those who look for it here
 from .problems import ProblemList, read_problems
 from .progress import Bar
 from .shard import (
     VERSION,
     StoreError,
     check_size,
-    index_files,
     index_path,
     read_index,
     shard_path,
     write_atomically,
 )
 from .sources import Problem, Source, fingerprint, part_of
-from .store import DUPLICATES_FILE, SETTINGS_FILE, read_settings, write_manifest
+from .store import SETTINGS_FILE, differing, is_store, read_settings, write_lists
 
 
 @dataclass
@@ -77,11 +74,10 @@ def extract(
     timeout: float = pool.TIMEOUT,
     problems: Sequence[Problem] = (),
 ) -> Summary:
-    """Compute the flow of pairs of frames and store both.
+    """Compute the flow of pairs of frames and store both; repeat an interrupted call to go on.
 
-    A source that is complete in the store is not computed again: an interrupted call is continued
-    by repeating it. A source that cannot be read is reported and left out; of one that is damaged
-    the good part is kept.
+    A source that is complete in the store is not computed again. One that cannot be read is
+    reported and left out; of one that is damaged the good part is kept.
 
     Args:
         sources: what to read, see `find_sources`.
@@ -90,10 +86,8 @@ def extract(
         size: frames are shrunk to this shorter side in pixels before the flow is computed; frames
             and flow are stored at that size. Smaller videos keep theirs.
         gap: seconds between the two frames of a pair. At 0.1 most objects move by 1 to 10 pixels,
-            where the methods are accurate; one frame at 10 frames a second, three at 30. "auto"
-            chooses it for each video by its motion, see `choose_gap`.
-        every: seconds between the starts of two pairs; None: as `gap`, pairs then follow each other
-            without overlap.
+            where the methods are accurate. "auto" chooses it for each video by its motion.
+        every: seconds between the starts of two pairs; None: as `gap`, without overlap.
         consistency: also compute the backward flow (twice the time) and store where both agree.
         workers: number of worker processes; 0 works in this one, where a source that hangs or
             crashes ends the call. With workers, the calling script needs the usual
@@ -103,7 +97,8 @@ def extract(
         codec: how the flow is stored: "q16", the smallest, or "png", which other tools read.
         device: where the flow is computed: "cpu", or "cuda" for methods of torch.
         part: (i, n) takes part i of n (i from 1) of the sources, see `part_of`; parts may write to
-            one store at the same time, or to several that are merged later.
+            one store at the same time, or to several that are merged later. With n > 1, manifest
+            and duplicates are left for a call without `part`, or for the merge.
         engine: "local" for processes of this machine, "ray" for tasks of Ray.
         strict: raise at the first problem; what was done before is kept.
         timeout: seconds without a new frame or pair after which a worker is given up (0: never).
@@ -117,7 +112,8 @@ def extract(
         ProblemError: the first problem, if `strict`.
         OSError: the store cannot be written.
     """
-    settings = make_settings(method, size, gap, every, consistency, options, codec, device)
+    settings = Settings(method, dict(options or {}), size, gap, every, consistency, codec)
+    settings = check_settings(settings, device)
     if workers < 0 or timeout < 0:
         raise ValueError(f"workers and timeout must be at least 0, got {workers} and {timeout}")
     double = [name for name, n in Counter(source.name for source in sources).items() if n > 1]
@@ -126,6 +122,7 @@ def extract(
     sources = part_of(sources, *part)
     store = Path(out)
     start = time.perf_counter()
+    job = partial(extract_source, store=store.absolute(), settings=settings, device=device)
     summary = Summary(sources=len(sources))
     try:
         _open_store(store, settings)
@@ -136,39 +133,23 @@ def extract(
                 for problem in problems:
                     listed.note(problem.source, problem.reason)
                 todo = _look_up(store, sources, summary, listed)
-                job = partial(
-                    extract_source, store=store.absolute(), settings=settings, device=device
-                )
                 _work(todo, job, workers, engine, timeout, progress, summary, listed)
             except BaseException:  # Ctrl-C too
                 with suppress(OSError):  # a full disk: not in place of the first error
                     listed.save()
                 raise
             listed.save()
-            write_manifest(store)
-            summary.duplicates = write_duplicates(store)
+            if part[1] == 1:  # else each of n parts would read the indexes of all
+                summary.duplicates = write_lists(store)
     except OSError as error:
         raise _cannot_write(store, error) from error
     summary.seconds = time.perf_counter() - start
     return summary
 
 
-def make_settings(
-    method: str,
-    size: int,
-    gap: float | Literal["auto"],
-    every: float | None,
-    consistency: bool,
-    options: Mapping[str, Option] | None,
-    codec: str,
-    device: str = "cpu",
-) -> Settings:
-    """Check what `extract` is called with, before any work.
-
-    Raises:
-        ValueError: wrong method, option or number.
-        RuntimeError: the method is not available in the installed OpenCV.
-    """
+def check_settings(settings: Settings, device: str) -> Settings:
+    """Complete what `extract` is called with, before any work; raises its ValueError etc."""
+    method, size, gap, every = settings.method, settings.size, settings.gap, settings.every
     if isinstance(gap, str) and gap != "auto":
         raise ValueError(f"gap must be seconds or 'auto', got {gap!r}")
     if size < MIN_SIZE or (gap != "auto" and gap <= 0) or (every is not None and every < 0):
@@ -176,28 +157,42 @@ def make_settings(
             f"size must be at least {MIN_SIZE}, gap above 0, every at least 0; "
             f"got size {size}, gap {gap}, every {every}"
         )
-    if codec not in CODECS:
-        raise ValueError(f"unknown codec {codec!r}{nearest(codec, CODECS)}")
+    if settings.codec not in CODECS:
+        raise ValueError(f"unknown codec {settings.codec!r}{nearest(settings.codec, CODECS)}")
     if gap != "auto":
         gap = float(gap)
         every = gap if every is None else float(every)
-    settings = Settings(
-        method, method_options(method, options or {}), size, gap, every, consistency, codec
-    )
+    if method == "farneback" and device != "cpu":
+        method = "farneback-torch"  # in a store "farneback" is OpenCV's: never both in one
+    options = method_options(method, settings.options)
     # One small pair up front: a value or a library that is wrong must not fail once a video.
     blank = np.zeros((1, 128, 128), np.uint8)
     try:
-        optical_flows(blank, blank, method, device, **settings.options)
+        optical_flows(blank, blank, method, device, **options)
     except (cv2.error, TypeError) as error:
-        raise ValueError(f"{method} refuses the options {settings.options}: {error}") from error
-    return settings
+        raise ValueError(f"{method} refuses the options {options}: {error}") from error
+    return replace(settings, method=method, options=options, gap=gap, every=every)
+
+
+def _open_store(store: Path, settings: Settings) -> None:
+    """Make the store, or check that the one that is there was made with the same settings."""
+    wanted = {"version": VERSION, **asdict(settings)}
+    if not is_store(store):
+        store.mkdir(parents=True, exist_ok=True)
+        write_atomically(store / SETTINGS_FILE, json.dumps(wanted, indent=2).encode())
+    found = read_settings(store)
+    if key := differing(wanted, found):
+        raise StoreError(
+            f"{store} was made with {key} = {found.get(key)!r}, now {wanted.get(key)!r} is asked "
+            "for: one store has one setting; choose another --out, or delete the store"
+        )
 
 
 def _look_up(
     store: Path, sources: Sequence[Source], summary: Summary, listed: ProblemList
-) -> dict[str, tuple[Source, float]]:
-    """Return what is not done yet, by name, with its weight (bytes) for the progress bar."""
-    todo = {}
+) -> list[tuple[Source, float]]:
+    """Return what is not done yet, with its weight (bytes) for the progress bar."""
+    todo = []
     for source in sources:
         try:
             now = fingerprint(source)
@@ -206,7 +201,7 @@ def _look_up(
             continue
         index = finished(store, source)
         if index is None:
-            todo[source.name] = source, float(now.bytes or 1)
+            todo.append((source, float(now.bytes or 1)))
             continue
         # Stores of version 1 do not say what image folders held.
         known = index.get("source_bytes") or now.bytes, index.get("source_files") or now.files
@@ -220,12 +215,25 @@ def _look_up(
             listed.note(source.name, index["problem"])
     # What hung or killed a worker before would cost the same time again: it comes last.
     bad = (pool.DIED, pool.STALLED)
-    late = {p.source for p in read_problems(store / PROBLEMS_FILE) if p.reason.startswith(bad)}
-    return dict(sorted(todo.items(), key=lambda entry: entry[0] in late))
+    late = {name for name, reason in read_problems(store).items() if reason.startswith(bad)}
+    return sorted(todo, key=lambda entry: entry[0].name in late)
+
+
+def finished(store: Path, source: Source) -> dict[str, Any] | None:
+    """Return the index of a source that is complete in the store, else None."""
+    file = index_path(store, source.name)
+    if not file.exists():
+        return None
+    try:
+        index = read_index(file)
+        check_size(shard_path(store, source.name), index)
+    except StoreError:
+        return None  # damaged: computed again
+    return index
 
 
 def _work(
-    todo: Mapping[str, tuple[Source, float]],
+    todo: Sequence[tuple[Source, float]],
     job: pool.Job[Source, tuple[dict[str, Any] | None, str | None]],
     workers: int,
     engine: str,
@@ -234,20 +242,20 @@ def _work(
     summary: Summary,
     listed: ProblemList,
 ) -> None:
-    weights = {name: weight for name, (_, weight) in todo.items()}
+    sources = [source for source, _ in todo]
+    weights = {source.name: weight for source, weight in todo}
     with Bar(weights, enabled=progress and bool(todo)) as bar:
 
         def report(source: Source, share: float, pairs: int) -> None:
             bar.report(source.name, share, pairs)
 
-        items = [source for source, _ in todo.values()]
         if engine == "ray":
             from . import ray_engine
 
-            results = ray_engine.run(items, job, workers or 1, report, timeout)
+            results = ray_engine.run(sources, job, workers or 1, report, timeout)
         else:
-            results = pool.run(items, job, workers, report, timeout)
-        with closing(results):  # type: ignore[type-var]
+            results = pool.run(sources, job, workers, report, timeout)
+        with closing(results):
             for source, result, died in results:
                 bar.done(source.name)
                 index, problem = result or (None, died)
@@ -259,61 +267,10 @@ def _work(
                 listed.note(source.name, problem)
 
 
-def write_duplicates(store: Path) -> dict[str, str]:
-    """Write duplicates.json: which sources of a store are copies of others; return its content.
-
-    Raises:
-        StoreError: an index is damaged.
-        OSError: the store cannot be written.
-    """
-    hashes = {}
-    for file in index_files(store):
-        index = read_index(file)
-        hashes[index["source"]] = [int(text, 16) for text in index.get("hashes", ())]
-    found = find_duplicate_sources(hashes) if len(hashes) > 1 else {}
-    if found or (store / DUPLICATES_FILE).exists():
-        write_atomically(store / DUPLICATES_FILE, json.dumps(found, indent=2).encode() + b"\n")
-    return found
-
-
-def _open_store(store: Path, settings: Settings) -> None:
-    """Make the store, or check that the one that is there was made with the same settings."""
-    wanted = {"version": VERSION, **asdict(settings)}
-    if not (store / SETTINGS_FILE).exists():
-        ours = {LOCK_FILE, SETTINGS_FILE, f".{SETTINGS_FILE}.tmp"}  # a call was killed or begins
-        if store.exists() and (not store.is_dir() or {p.name for p in store.iterdir()} - ours):
-            raise StoreError(f"{store} exists and is no flow store: choose another folder")
-        store.mkdir(parents=True, exist_ok=True)
-        write_atomically(store / SETTINGS_FILE, json.dumps(wanted, indent=2).encode())
-    found = read_settings(store)
-    for key, value in wanted.items():
-        if found.get(key) != value:
-            raise StoreError(
-                f"{store} was made with {key} = {found.get(key)!r}, now {value!r} is asked for: "
-                "one store has one setting; choose another --out, or delete the store"
-            )
-
-
-def finished(store: Path, source: Source) -> dict[str, Any] | None:
-    """Return the index of a source that is complete in the store, else None."""
-    file = index_path(store, source.name)
-    if not file.exists():
-        return None
-    try:
-        index = read_index(file)
-        check_size(store, index)
-    except StoreError:
-        return None  # damaged: computed again
-    return index
-
-
 def _cannot_write(store: Path, error: OSError) -> OSError:
     """Say in one sentence what could not be written and what to do."""
-    advice = "choose another --out"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        advice = "make room there"
-    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        advice = "make it writable, or choose another --out"
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    advice = "make room there" if full else "make it writable, or choose another --out"
     place = os.fspath(error.filename or store)
     return OSError(
         f"{place} cannot be written ({error.strerror or error}): {advice}, and repeat the call; "

@@ -247,7 +247,7 @@ def one_thread(method: str) -> Iterator[None]:
 
     The workers fill the processor already, and sums in another order would change the bytes.
     """
-    if method in ("tvl1", "raft"):
+    if method in ("tvl1", "farneback-torch", "raft"):
         importlib.import_module("torch")  # before the method does, while it may still be told
     torch = sys.modules.get("torch")  # not imported for this: half of the methods do without
     before = cv2.getNumThreads(), torch.get_num_threads() if torch else 0

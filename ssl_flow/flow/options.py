@@ -69,6 +69,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "median_filtering": 5,
     },
     "farneback-opencv": _FARNEBACK,
+    "farneback-torch": _FARNEBACK,  # ssl_flow/flow/farneback.py
     "raft": {"weights": None, "model": "large", "updates": 12},  # ssl_flow/flow/raft.py
 }
 

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import os
 import random
+import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+from . import pool
 from .extract import finished
-from .gap import PROBE_SIZE, choose_gap
-from .job import Settings, make_samples, one_thread
-from .pairs import pair_frames
+from .job import Settings, extract_source
 from .sources import Source, fingerprint
 from .video import Frame, VideoError, read_header
 
 _HEADERS = 5.0  # seconds spent on reading headers at most
 _SAMPLES = 10.0  # seconds spent on computing pairs at most
 _ONE = 2.0  # of these, on one video
-_BLOCK = 512  # of a tar
 
 
 @dataclass
@@ -29,13 +29,13 @@ class Plan:
 
     sources: int  # of this part
     already_done: int
-    unusable: int  # of the sampled ones
     video_seconds: float  # of those that are not done
     pairs: float
     bytes: float
     seconds: float  # with the given number of workers
     sampled: int  # videos of which pairs were computed
     sampled_pairs: int
+    unusable: int  # that were tried, too
 
 
 def make_plan(
@@ -44,95 +44,91 @@ def make_plan(
     settings: Settings,
     workers: int = 1,
     device: str = "cpu",
-    seconds: float = _SAMPLES,
+    timeout: float = pool.TIMEOUT,
 ) -> Plan:
-    """Estimate what `extract` would do; nothing is written.
+    """Estimate what `extract` would do; nothing is written to the store.
 
     Lengths come from headers, of a random choice of videos where there are very many. Then the
-    first pairs of some videos are computed, for as long as `seconds`. That is exact to some ten
-    percent where the videos are alike, and to a factor of two where they are not.
+    first pairs of some videos are computed, for about ten seconds. That is exact to some ten
+    percent where the videos are alike, and to a factor of two where they are not. A video that is
+    given up after `timeout` seconds without a frame counts as one that cannot be used.
     """
     todo = [source for source in sources if finished(Path(out), source) is None]
     random.Random(0).shuffle(todo)
-    video_seconds = _video_seconds(todo)
-    spent = covered = size = 0.0
-    pairs = sampled = unusable = 0
-    begin = time.perf_counter()
-    for source in todo:
-        left = seconds - (time.perf_counter() - begin)
-        if left <= 0:
-            break
-        try:
-            one = _sample(source, settings, min(left, _ONE), device)
-        except (VideoError, OSError):
-            unusable += 1
-            continue
-        sampled += 1
-        spent, covered = spent + one[0], covered + one[1]
-        pairs, size = pairs + one[2], size + one[3]
+    video_seconds = _video_seconds(todo, timeout)
+    with tempfile.TemporaryDirectory() as scratch:
+        job = partial(_sample, store=Path(scratch), settings=settings, device=device)
+        tried = [found for _, found in _try(todo, job, _SAMPLES, timeout)]
+    good = [found for found in tried if found is not None]
+    spent, covered, pairs, size = (sum(column) for column in zip((0, 0, 0, 0), *good, strict=True))
     scale = video_seconds / covered if covered else 0.0
-    together = max(1, min(workers, os.cpu_count() or 1, len(todo)))
     return Plan(
         sources=len(sources),
         already_done=len(sources) - len(todo),
-        unusable=unusable,
+        unusable=len(tried) - len(good),
         video_seconds=video_seconds,
         pairs=pairs * scale,
         bytes=size * scale,
-        seconds=spent * scale / together,
-        sampled=sampled,
-        sampled_pairs=pairs,
+        seconds=spent * scale / max(1, min(workers, os.cpu_count() or 1, len(todo))),
+        sampled=len(good),
+        sampled_pairs=int(pairs),
     )
 
 
-def _video_seconds(sources: Sequence[Source]) -> float:
-    """Add up the lengths; those that no header gives are taken to be as the others, by bytes."""
-    known_seconds = known_bytes = 0.0
-    unknown: list[float] = []
+def _try(
+    sources: Sequence[Source],
+    job: pool.Job[Source, pool.Result],
+    seconds: float,
+    timeout: float,
+) -> Iterator[tuple[Source, pool.Result | None]]:
+    """Do a job for as many sources as there is time for, in a process that may hang or die."""
     begin = time.perf_counter()
+    with closing(pool.run(sources, job, 1, lambda *_: None, timeout)) as results:
+        for source, result, _ in results:
+            yield source, result
+            if time.perf_counter() - begin > seconds:
+                return
+
+
+def _video_seconds(sources: Sequence[Source], timeout: float) -> float:
+    """Add up the lengths; those that no header gives are taken to be as the others, by bytes."""
+    found = _try(sources, _length, _HEADERS, timeout)
+    lengths = {source.name: length for source, length in found if length is not None}
+    all_bytes = known_bytes = 0.0
     for source in sources:
-        length: float | None = None
         try:
             weight = float(fingerprint(source).bytes or 1)
-            if source.path is not None and time.perf_counter() - begin < _HEADERS:
-                length = read_header(source.path).seconds
-        except (VideoError, OSError):
+        except OSError:
             continue
-        if length is None:
-            unknown.append(weight)
-        else:
-            known_seconds, known_bytes = known_seconds + length, known_bytes + weight
-    if not known_bytes:
+        all_bytes += weight
+        known_bytes += weight if source.name in lengths else 0
+    return sum(lengths.values()) * all_bytes / known_bytes if known_bytes else 0.0
+
+
+def _length(source: Source, tick: pool.Tick) -> float | None:
+    try:
+        return read_header(source.path).seconds if source.path else None
+    except (VideoError, OSError):
         return 0.0
-    return known_seconds * (1 + sum(unknown) / known_bytes)
 
 
 def _sample(
-    source: Source, settings: Settings, limit: float, device: str
-) -> tuple[float, float, int, float]:
-    """Compute pairs for `limit` seconds: seconds spent and of video, pairs, bytes in the tar."""
+    source: Source, tick: pool.Tick, store: Path, settings: Settings, device: str
+) -> tuple[float, float, int, int] | None:
+    """Extract the beginning of a source: seconds spent and of video, pairs, bytes of the tar."""
     begin = time.perf_counter()
-    first: float | None = None
-    last = 0.0
+    first = last = 0.0
 
-    def frames(short_side: int) -> Iterator[Frame]:
+    def beginning(short_side: int | None) -> Iterator[Frame]:
         nonlocal first, last
-        for frame in source.frames(short_side):
-            first = frame.time if first is None else first
-            last = frame.time
+        end = time.perf_counter() + _ONE
+        for number, frame in enumerate(source.frames(short_side)):
+            first, last = frame.time if number == 0 else first, frame.time
             yield frame
-            if time.perf_counter() - begin > limit:
+            if time.perf_counter() > end:
                 return
 
-    with one_thread(settings.method):
-        gap = settings.gap
-        if gap == "auto":
-            gap = choose_gap(source.frames(PROBE_SIZE))
-        every = gap if settings.every is None else settings.every
-        pairs, size = 0, 0.0
-        skipped: Counter[str] = Counter()
-        found = pair_frames(frames(settings.size), gap, every, skipped)
-        for _, members, _ in make_samples(source.name, found, settings, skipped, device):
-            pairs += 1
-            size += sum(_BLOCK + _BLOCK * -(-len(data) // _BLOCK) for data in members.values())
-    return time.perf_counter() - begin, last - (first or 0.0), pairs, size
+    index, _ = extract_source(replace(source, frames=beginning), tick, store, settings, device)
+    if index is None:
+        return None
+    return time.perf_counter() - begin, last - first, index["pairs"], index["tar_bytes"]

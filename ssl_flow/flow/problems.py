@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 
 from .shard import replacing
@@ -24,8 +23,7 @@ class ProblemList:
 
     def __init__(self, store: Path, strict: bool) -> None:
         """Start with nothing; if `strict`, the first problem raises `ProblemError`."""
-        self._file = store / PROBLEMS_FILE
-        self._strict = strict
+        self._store, self._strict = store, strict
         self._found: dict[str, str | None] = {}
         self._saved = time.monotonic()
         self.problems: list[Problem] = []
@@ -45,38 +43,36 @@ class ProblemList:
             self.save()
 
     def save(self) -> None:
-        """Bring the file up to date: one line a source, in the order of their names.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Bring the file up to date; raises OSError if it cannot be written."""
         self._saved = time.monotonic()
-        if not self.problems and not self._file.exists():
-            return
-        with replacing(self._file) as file:  # locked: another call may write its own problems
-            rows = {problem.source: problem for problem in read_problems(self._file)}
-            for source, reason in self._found.items():
-                rows.pop(source, None)
-                if reason is not None:
-                    rows[source] = Problem(source, reason)
-            file.write(b"".join(_line(rows[source]) for source in sorted(rows)))
-        if not rows:
-            self._file.unlink(missing_ok=True)
+        if self.problems or (self._store / PROBLEMS_FILE).exists():
+            update_problems(self._store, self._found)
 
 
-def read_problems(file: Path) -> Iterable[Problem]:
-    """Return what a problems.jsonl says; lines that are damaged are left out."""
-    if not file.exists():
-        return []
-    problems = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+def update_problems(store: Path, found: Mapping[str, str | None]) -> None:
+    """Write what was `found` over what the file says: one line a source, None removes it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    # Locked while it is read, too: another call may add its own problems.
+    with replacing(store / PROBLEMS_FILE, keep_empty=False) as file:
+        for source, reason in sorted({**read_problems(store), **found}.items()):
+            if reason is not None:
+                file.write(json.dumps({"source": source, "reason": reason}).encode() + b"\n")
+
+
+def read_problems(store: Path) -> dict[str, str]:
+    """Return what problems.jsonl says, source -> reason; lines that are damaged are left out."""
+    try:
+        text = (store / PROBLEMS_FILE).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return {}
+    problems = {}
+    for line in text.splitlines():
         try:
             row = json.loads(line)
-            problems.append(Problem(str(row["source"]), str(row["reason"])))
+            problems[str(row["source"])] = str(row["reason"])
         except (ValueError, KeyError, TypeError):
             continue
     return problems
-
-
-def _line(problem: Problem) -> bytes:
-    return json.dumps(asdict(problem)).encode() + b"\n"

@@ -11,11 +11,10 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from types import ModuleType
+from collections.abc import Sequence
 from typing import Any
 
-from .pool import DIED, TIMEOUT, Item, Job, Report, Result
+from .pool import DIED, TIMEOUT, Item, Job, Report, Result, Results
 
 
 def run(
@@ -24,25 +23,24 @@ def run(
     workers: int,
     report: Report[Item],
     timeout: float = TIMEOUT,
-) -> Iterator[tuple[Item, Result | None, str | None]]:
-    """Yield (item, result, None), or (item, None, reason) where a worker died, as they finish.
+) -> Results[Item, Result]:
+    """Do what `pool.run` does, with `workers` tasks at a time, each with one processor.
 
     Uses the Ray that the caller has started, or the cluster at RAY_ADDRESS, or starts Ray on this
-    machine for as long as it runs. Close the iterator (`contextlib.closing`) to end the tasks at
-    once.
-
-    Args:
-        items: what to work on; picklable, as is `job`.
-        job: called as job(item, tick).
-        workers: number of tasks at a time, each with one processor.
-        report: told the pairs of an item when it is done (ticks do not travel between machines).
-        timeout: seconds without a tick after which a worker ends itself; 0: never.
+    machine for as long as it runs. `report` is told the pairs of an item when it is done: ticks do
+    not travel between machines. A worker without a tick for `timeout` seconds ends itself.
 
     Raises:
         ImportError: Ray is not installed.
         Whatever a job raises; the other jobs are then ended.
     """
-    ray = _import_ray()
+    try:
+        import ray
+        import ray.exceptions
+    except ImportError as error:
+        raise ImportError(
+            "the engine 'ray' needs Ray: pip install 'ssl-flow[ray]' (or use the engine 'local')"
+        ) from error
     ours = not ray.is_initialized()
     if ours:
         # Ray refuses a number of processors where it joins a cluster.
@@ -97,15 +95,3 @@ def _call(job: Job[Any, Any], item: Any, timeout: float) -> tuple[Any, int]:  # 
         return job(item, tick), made
     finally:
         finished.set()
-
-
-def _import_ray() -> ModuleType:
-    try:
-        import ray
-        import ray.exceptions
-    except ImportError as error:
-        raise ImportError(
-            "the engine 'ray' needs Ray: pip install 'ssl-flow[ray]' (or use the engine 'local')"
-        ) from error
-    module: ModuleType = ray
-    return module

@@ -9,9 +9,11 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import tarfile
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -26,6 +28,7 @@ except ImportError:  # Windows, which lets nobody rename or remove a file that i
 VERSION = 2
 MEND = "delete this file and run the same `ssl-flow flow` command again"
 INDEX_SUFFIX = ".index.json"
+PATIENCE = 3.0  # seconds: the processes of a killed call end within one
 _BLOCK = 512  # a tar is made of blocks of this many bytes
 # Bytes of a file name: most systems allow 255; ours get up to 16 more (".", ".index.json", ".tmp").
 _LONGEST_NAME = 200
@@ -53,8 +56,6 @@ def safe_name(source: str) -> str:
     other systems and tools refuse (control characters, bytes that are not UTF-8): such a part is
     cleaned, shortened, and made unique by a hash of the whole name.
 
-    >>> safe_name("clips/tom/a.mp4")
-    'clips/tom/a.mp4'
     >>> safe_name("clips/two\nlines.mp4")
     'clips/two_lines.mp4-a645ad3f9462d999'
 
@@ -77,11 +78,7 @@ def _safe_part(part: str, digest: str) -> str:
 
 
 def shard_path(store: Path, source: str) -> Path:
-    """Return where the shard of a source lies.
-
-    Raises:
-        ValueError: the name would lead out of the store.
-    """
+    """Return where the shard of a source lies; ValueError if that would be out of the store."""
     return store / "shards" / f"{safe_name(source)}.tar"
 
 
@@ -101,71 +98,77 @@ def shard_of(index_file: Path) -> Path:
 
 
 def read_index(file: Path) -> dict[str, Any]:
-    """Read the index of one shard.
-
-    Raises:
-        StoreError: it is not readable.
-    """
+    """Read the index of one shard; StoreError if it is damaged."""
     try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-        wanted = {"source": str, "tar_bytes": int, "pairs": int, "samples": list}
-        if not isinstance(index, dict):
-            raise ValueError("not a JSON object")
-        for key, kind in wanted.items():
-            if not isinstance(index.get(key), kind):
-                raise ValueError(f"no {key}")
-    except ValueError as error:
+        index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        for key, kind in {"source": str, "tar_bytes": int, "pairs": int, "samples": list}.items():
+            if not isinstance(index[key], kind):
+                raise ValueError(f"{key} is {index[key]!r}")
+    except (ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{file} is damaged ({error}): {MEND}") from error
     return index
 
 
-def check_size(store: Path, index: Mapping[str, Any]) -> None:
-    """Check that a shard is as long as its index says.
-
-    Raises:
-        StoreError: it is not, or there is none.
-    """
-    check_shard_size(shard_path(store, index["source"]), index)
-
-
-def check_shard_size(shard: Path, index: Mapping[str, Any]) -> None:
-    """Do what `check_size` does for the shard at a known place."""
+def check_size(shard: Path, index: Mapping[str, Any]) -> None:
+    """Raise StoreError unless a shard is there and as long as its index says."""
     found = shard.stat().st_size if shard.exists() else 0
     if found != index["tar_bytes"]:
         raise StoreError(f"{shard} has {found} bytes instead of {index['tar_bytes']}: {MEND}")
 
 
-def open_temporary(path: Path, wait: bool = False) -> IO[bytes]:
+def check_sum(shard: Path, index: Mapping[str, Any]) -> None:
+    """Raise StoreError unless a shard has the checksum of its index (version 1 has none)."""
+    digest = hashlib.sha256()
+    with shard.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    if index.get("sha256", digest.hexdigest()) != digest.hexdigest():
+        raise StoreError(f"{shard} is damaged (its sha256 is not that of the index): {MEND}")
+
+
+def take_lock(file: IO[Any], patience: float, shared: bool = False) -> bool:
+    """Lock an open file; False where the system has no locks.
+
+    Raises:
+        BlockingIOError: for `patience` seconds another process has held it.
+    """
+    end = time.monotonic() + patience
+    while fcntl is not None:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(0.05)
+        except OSError:
+            break
+    return False
+
+
+def open_temporary(path: Path, patience: float = math.inf) -> IO[bytes]:
     """Open an empty file beside `path`, to be written and then renamed to it by `put_in_place`.
 
     Its name depends on `path` alone, so that what a killed process leaves behind is used up by the
-    next one. A lock, where the file system has them, keeps two processes from writing it at once.
-
-    Args:
-        path: the final place.
-        wait: for another process to finish, instead of raising.
+    next one. A lock keeps two processes from writing it at once.
 
     Raises:
-        BusyError: another process is writing the same.
+        BusyError: for `patience` seconds another process has been writing the same.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     while True:
         file = temporary.open("ab")  # not "wb", which would empty what another process writes
-        if fcntl is None:
-            break
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            locked = take_lock(file, patience)
         except BlockingIOError:
             file.close()
             raise BusyError(f"{path} is being written by another process") from None
-        except OSError:
-            break  # a file system without locks
         with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), temporary.stat()):
-                break
+            if not locked or os.path.samestat(os.fstat(file.fileno()), temporary.stat()):
+                file.seek(0)
+                file.truncate()
+                return file
         file.close()  # the other process renamed it between our two lines: look again
-    file.truncate(0)
-    return file
 
 
 def put_in_place(file: IO[bytes], path: Path) -> None:
@@ -188,12 +191,22 @@ def put_in_place(file: IO[bytes], path: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Write a file that appears at `path` complete, at the end of the block, or not at all."""
-    file = open_temporary(path, wait=True)
+def replacing(path: Path, keep_empty: bool = True) -> Iterator[IO[bytes]]:
+    """Write a file that appears at `path` complete, at the end of the block, or not at all.
+
+    Another process that replaces the same waits. Without `keep_empty`, a file to which nothing was
+    written is removed instead.
+    """
+    file = open_temporary(path)
     try:
         yield file
-        put_in_place(file, path)
+        if keep_empty or file.tell() > 0:
+            put_in_place(file, path)
+        else:
+            path.unlink(missing_ok=True)
+            if fcntl is None:
+                file.close()
+            Path(file.name).unlink()  # last: it is what keeps the others waiting
     except BaseException:
         Path(file.name).unlink(missing_ok=True)
         raise
@@ -219,13 +232,13 @@ class ShardWriter:
 
         Raises:
             ValueError: the name would lead out of the store.
-            BusyError: another process is writing the same shard.
+            BusyError: another process is writing the same shard, and does not end for some seconds.
             OSError: the store cannot be written.
         """
         self._store, self._source = store, source
         self._path = shard_path(store, source)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open_temporary(self._path)
+        self._file = open_temporary(self._path, PATIENCE)  # for a worker that was orphaned
         self._committed = False
         index_path(store, source).unlink(missing_ok=True)
         self._position = 0

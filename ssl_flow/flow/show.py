@@ -28,14 +28,9 @@ _INVALID = (230, 0, 160)  # a colour the wheel has only between right and up
 
 
 def spread_pairs(numbers: NDArray[np.int64], count: int) -> list[int]:
-    """Choose pairs of a store evenly over its videos, and over the length of each video.
+    """Choose `count` pairs of a store evenly over its videos, and over the length of each video.
 
-    Args:
-        numbers: (pairs,), which video each pair is of, ascending: `FlowStore.source_numbers`.
-        count: how many; all if there are fewer.
-
-    Returns:
-        Their numbers in the store, ascending.
+    `numbers` (pairs,) is `FlowStore.source_numbers`. Returns the pairs' numbers, ascending.
     """
     _, first, pairs = np.unique(numbers, return_index=True, return_counts=True)
     videos = np.arange(len(first))
@@ -61,27 +56,24 @@ def show_flow(
         store: the store.
         out: the PNG that is written.
         count: number of pairs, spread over the videos; the same ones in each call.
-        full_color: length in pixels drawn in the wheel's full colours, to compare pairs; None
-            takes for each pair the length that 99 % of its pixels stay below, and says it.
+        full_color: length in pixels drawn in the wheel's full colours; None takes for each pair
+            the length that 99 % of its pixels stay below, and says it.
 
     Raises:
         ValueError: `count` or `full_color` is not positive, or the store holds no pair.
         StoreError: a pair is damaged.
-        ImportError: matplotlib or torchvision is not installed.
         OSError: the picture cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no display
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("the sheet needs matplotlib: pip install matplotlib") from error
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no display
+    from matplotlib.figure import Figure
+
     if count < 1 or (full_color is not None and full_color <= 0):
         raise ValueError(f"count and full color must be above 0, got {count} and {full_color}")
     if len(store) == 0:
         raise ValueError(f"{store.path} holds no pair")
     chosen = spread_pairs(store.source_numbers, count)
     samples = [store[number] for number in chosen]
-    full = [full_color or _reach(sample) for sample in samples]
+    full = [full_color or max(float(np.percentile(_lengths(s), 99)), 0.1) for s in samples]
     strips = [_strip(sample, color) for sample, color in zip(samples, full, strict=True)]
     shape = np.median([strip.shape[1] / strip.shape[0] for strip in strips])
     rows = -(-len(chosen) // 2)
@@ -99,11 +91,9 @@ def show_flow(
         parse_math=False,
     )
     body.suptitle("first frame | flow to the second | magenta: flow not valid", fontsize=9)
-    axes = body.subplots(rows, 2, squeeze=False).ravel()
-    for axis in axes:
+    for k, (sample, strip, color) in enumerate(zip(samples, strips, full, strict=True)):
+        axis, meta = body.add_subplot(rows, 2, k + 1), sample.meta
         axis.axis("off")
-    for axis, sample, strip, color in zip(axes, samples, strips, full, strict=False):
-        meta = sample.meta
         axis.imshow(strip)
         axis.set_title(
             f"{_printable(meta['video'], 34)}  {meta['time']:.2f} s + {meta['gap']:.2f} s   "
@@ -115,10 +105,6 @@ def show_flow(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a video's name in any script
         figure.savefig(out, format="png", metadata={"Software": None})
-
-
-def _reach(sample: Sample) -> float:
-    return max(float(np.percentile(_lengths(sample), 99)), 0.1)
 
 
 def _strip(sample: Sample, full_color: float) -> NDArray[np.uint8]:
@@ -157,10 +143,9 @@ def _draw_histogram(axis: Axes, store: FlowStore) -> None:
     axis.stairs(np.asarray(shares) * 100, _BINS, fill=True, color="0.6")
     for share, style in ((50, "-"), (95, "--")):
         value = float(np.percentile(every, share))
-        axis.axvline(max(value, _BINS[0]), color="C3", linestyle=style)
-        label = f" {share} % below {value:.2g} px"
-        place = (max(value, _BINS[0]), 0.95)
-        axis.annotate(label, place, color="C3", fontsize=8, xycoords=("data", "axes fraction"))
+        label = f"{share} % below {value:.2g} px"
+        axis.axvline(max(value, _BINS[0]), color="C3", linestyle=style, label=label)
+    axis.legend(loc="upper right", fontsize=8)
     axis.set_xscale("log", base=2)
     axis.set_xlim(_BINS[0], max(64.0, 2 * float(every.max())))
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -195,14 +180,7 @@ class ShowFlowCommand:
 
 
 def show_flow_command(argv: Sequence[str]) -> int:
-    """Run `ssl-flow show flow` with the arguments that follow these two words.
-
-    Returns:
-        The exit code: 0, or 2 if the store cannot be shown.
-
-    Raises:
-        SystemExit: by the parser: 0 after --help, 2 for a wrong flag.
-    """
+    """Run `ssl-flow show flow`; returns the exit code: 0, or 2 if the store cannot be shown."""
     command = tyro.cli(ShowFlowCommand, args=list(argv), prog="ssl-flow show flow")
     try:
         show_flow(FlowStore(command.store), command.out, command.count, command.full_color)

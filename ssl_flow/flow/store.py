@@ -6,7 +6,6 @@ The format is described in docs/store.md.
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import json
 import zlib
 from collections.abc import Mapping, Sequence
@@ -20,22 +19,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .codec import CODECS, decode_flow
+from .duplicates import find_duplicate_sources
 from .estimators import flow_validity
+from .lock import LOCK_FILE
 from .shard import (
     INDEX_SUFFIX,
     MEND,
     VERSION,
     StoreError,
-    check_shard_size,
+    check_size,
+    check_sum,
     index_files,
     index_path,
     member_names,
     read_index,
     replacing,
     shard_of,
+    write_atomically,
 )
 
 SETTINGS_FILE = "store.json"
+_OURS = {LOCK_FILE, SETTINGS_FILE, f".{SETTINGS_FILE}.tmp"}  # a call was killed, or begins
 MANIFEST_FILE = "manifest.jsonl"
 DUPLICATES_FILE = "duplicates.json"  # source -> the one it is a copy of
 
@@ -66,8 +70,8 @@ class FlowStore:
             that is taken (duplicates.json: scenes of one fixed camera can look like copies, too).
 
     Raises:
-        StoreError: no store at `path`, a newer version, a shard that is incomplete, or an entry of
-            `include` that matches no source.
+        StoreError: no store at `path`, a newer version, a shard that is incomplete, an entry of
+            `include` that matches no source, or no search for duplicates yet.
     """
 
     settings: dict[str, Any]
@@ -83,6 +87,7 @@ class FlowStore:
         include = [include] if isinstance(include, str) else include
         self.path = Path(path)
         self.settings = read_settings(self.path)
+        self._members = _member_names(self.settings)
         indexes = [(file, read_index(file)) for file in index_files(self.path)]
         names = [index["source"] for _, index in indexes]
         for pattern in include or ():
@@ -97,7 +102,7 @@ class FlowStore:
             name = index["source"]
             if name not in taken or copies.get(name) in taken:
                 continue
-            check_shard_size(shard_of(file), index)
+            check_size(shard_of(file), index)
             table = _sample_table(self.path, file, index, self._members)
             rows.append(np.insert(table, 0, len(self.sources), axis=1))
             self.sources.append(name)
@@ -106,14 +111,9 @@ class FlowStore:
         self._rows = np.concatenate(rows)
 
     @property
-    def _members(self) -> list[str]:
-        return _member_names(self.settings)
-
-    @property
     def source_numbers(self) -> NDArray[np.int64]:
         """(len(self),): which of `sources` each pair is from."""
-        numbers: NDArray[np.int64] = self._rows[:, 0]
-        return numbers
+        return np.asarray(self._rows[:, 0], np.int64)
 
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -142,21 +142,17 @@ class FlowStore:
 
 
 def read_duplicates(store: Path) -> dict[str, str]:
-    """Read which sources are copies of others: source -> the original; {} if nothing was found.
-
-    Raises:
-        StoreError: the file is damaged.
-    """
+    """Read which sources are copies of others: source -> the original; {} if nothing was found."""
     file = store / DUPLICATES_FILE
     try:
-        found: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
-        return found
+        return dict(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        return {}
+        if (store / MANIFEST_FILE).exists():
+            return {}
+        reason = "the parts of the work (--shard) do not look for duplicates"
     except ValueError as error:
-        raise StoreError(
-            f"{file} is damaged ({error}): delete it and run the same `ssl-flow flow` command again"
-        ) from error
+        reason = f"{file} is damaged ({error})"
+    raise StoreError(f"{reason}: run `ssl-flow merge-flow {store} --out {store}`")
 
 
 def verify(store: str | Path, deep: bool = True) -> dict[str, str]:
@@ -175,19 +171,16 @@ def verify(store: str | Path, deep: bool = True) -> dict[str, str]:
     damage = {}
     files = index_files(path)
     for file in files:
-        shard = shard_of(file)
+        place = file
         try:
             index = read_index(file)
             table = _sample_table(path, file, index, members)
-        except StoreError as error:
-            damage[str(file.relative_to(path))] = str(error)
-            continue
-        try:
-            check_shard_size(shard, index)
+            place = shard = shard_of(file)
+            check_size(shard, index)
             if deep:
                 _check_contents(shard, index, table, members)
         except (StoreError, OSError) as error:
-            damage[str(shard.relative_to(path))] = str(error)
+            damage[str(place.relative_to(path))] = str(error)
     for shard in sorted({*path.glob("shards/**/*.tar")} - {shard_of(file) for file in files}):
         if shard.is_file():
             reason = f"{shard} is unfinished, it has no *{INDEX_SUFFIX}: {MEND}"
@@ -195,29 +188,29 @@ def verify(store: str | Path, deep: bool = True) -> dict[str, str]:
     return damage
 
 
-def write_manifest(store: str | Path) -> int:
-    """Write manifest.jsonl, one line a finished source, from the indexes; return the number.
+def write_lists(store: Path) -> dict[str, str]:
+    """Write manifest.jsonl and duplicates.json from the indexes; return the latter's content.
 
-    The indexes are the truth: after a killed call the manifest is merely older than they are.
-
-    Raises:
-        StoreError: an index is damaged.
-        OSError: the store cannot be written.
+    The indexes are the truth: after a killed call the lists are merely older than they are.
+    Raises StoreError if one is damaged.
     """
-    path = Path(store)
-    files = index_files(path)
-    with replacing(path / MANIFEST_FILE) as manifest:
-        for file in files:
+    hashes = {}
+    with replacing(store / MANIFEST_FILE) as manifest:  # locked first: the last writer sees all
+        for file in index_files(store):
             index = read_index(file)
             line = {
                 "source": index["source"],
-                "shard": str(shard_of(file).relative_to(path)),
+                "shard": str(shard_of(file).relative_to(store)),
                 "bytes": index["tar_bytes"],
                 "sha256": index.get("sha256"),  # version 1 has none
                 "pairs": index["pairs"],
             }
             manifest.write(json.dumps(line).encode() + b"\n")
-    return len(files)
+            hashes[index["source"]] = [int(text, 16) for text in index.get("hashes", ())]
+        found = find_duplicate_sources(hashes)
+        if found or (store / DUPLICATES_FILE).exists():
+            write_atomically(store / DUPLICATES_FILE, json.dumps(found, indent=2).encode() + b"\n")
+    return found
 
 
 def _member_names(settings: Mapping[str, Any]) -> list[str]:
@@ -275,13 +268,11 @@ def _check_contents(
     shard: Path, index: Mapping[str, Any], table: NDArray[np.int64], members: Sequence[str]
 ) -> None:
     wrong = []
-    if "sha256" in index:
-        with shard.open("rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(2**20):
-                digest.update(block)
-        if digest.hexdigest() == index["sha256"]:
+    try:
+        check_sum(shard, index)
+        if "sha256" in index:
             return
+    except StoreError:
         wrong.append("its sha256 is not that of the index")
     for sample, row in zip(index["samples"], table.tolist(), strict=True):
         try:
@@ -315,12 +306,17 @@ def _image(data: bytes, kind: int, what: str) -> NDArray[Any]:
     return image
 
 
-def read_settings(store: Path) -> dict[str, Any]:
-    """Read store.json.
+def is_store(path: Path) -> bool:
+    """Tell whether a store is there; StoreError if something else is."""
+    if (path / SETTINGS_FILE).exists():
+        return True
+    if path.exists() and (not path.is_dir() or {file.name for file in path.iterdir()} - _OURS):
+        raise StoreError(f"{path} exists and is no flow store: choose another folder")
+    return False
 
-    Raises:
-        StoreError: there is none, or it has a newer version.
-    """
+
+def read_settings(store: Path) -> dict[str, Any]:
+    """Read store.json; StoreError if there is none, or it has a newer version."""
     try:
         settings: dict[str, Any] = json.loads((store / SETTINGS_FILE).read_text(encoding="utf-8"))
         version = settings["version"]
@@ -336,6 +332,12 @@ def read_settings(store: Path) -> dict[str, Any]:
     if settings.get("codec", "png") not in CODECS:
         raise StoreError(f"{store}: codec {settings['codec']!r} is unknown; known: {CODECS}")
     return settings
+
+
+def differing(settings: Mapping[str, Any], others: Mapping[str, Any]) -> str | None:
+    """Return the first key in which the settings of two stores differ."""
+    keys = [*settings, *others]
+    return next((key for key in keys if settings.get(key) != others.get(key)), None)
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -23,6 +23,7 @@ from ssl_flow.flow import (
     optical_flows,
 )
 from ssl_flow.flow.command import flow_command
+from ssl_flow.flow.merge import merge_stores
 
 
 @pytest.mark.parametrize(
@@ -262,6 +263,7 @@ def test_the_codec_is_chosen(tmp_path):
         (["--method", "tvll"], "unknown flow method 'tvll', did you mean 'tvl1'"),
         (["--device", "cuda"], "'dis' is OpenCV's and runs on device 'cpu' alone"),
         (["--workers", "0"], "--workers must be at least 1"),
+        (["--timeout", "-1", "--dry-run"], "--timeout 0; got 2, -1"),
         (["--option", "preset"], "NAME=VALUE"),
     ],
 )
@@ -291,6 +293,33 @@ def test_groups_of_a_gpu_lose_no_pair_before_damage(tmp_path, monkeypatch):
     assert summary.pairs == expected.pairs == 9
     assert summary.problems == expected.problems
     assert shards(tmp_path / "many") == shards(tmp_path / "one")
+
+
+def test_two_implementations_of_one_method_are_not_mixed(tmp_path, monkeypatch):
+    def on_cuda(prev, next, method, device, **options):
+        method = "farneback-torch" if method == "farneback" else method
+        return optical_flows(prev, next, method, "cpu", **options)
+
+    def frames(short_side):
+        return (Frame(i / 10, image) for i, image in enumerate(moving(4)))
+
+    sources = [Source("a", frames)]
+    for module in ("job", "extract"):
+        monkeypatch.setattr(sys.modules[f"ssl_flow.flow.{module}"], "optical_flows", on_cuda)
+    extract(sources, tmp_path / "cpu", method="farneback")
+    extract(sources, tmp_path / "cuda", method="farneback", device="cuda")
+    assert shards(tmp_path / "cpu") != shards(tmp_path / "cuda")
+    assert FlowStore(tmp_path / "cpu").settings["method"] == "farneback"  # as in older stores
+    for store, device, found in (("cpu", "cuda", "farneback"), ("cuda", "cpu", "farneback-torch")):
+        with pytest.raises(StoreError, match=f"made with method = '{found}'"):
+            extract(sources, tmp_path / store, method="farneback", device=device)
+    with pytest.raises(StoreError, match="made with method"):
+        merge_stores([tmp_path / "cpu", tmp_path / "cuda"], tmp_path / "out")
+    # What was begun on a GPU can be continued without one.
+    assert extract(sources, tmp_path / "cuda", method="farneback-torch").already_done == 1
+    monkeypatch.undo()
+    extract(sources, tmp_path / "torch", method="farneback-torch")
+    assert shards(tmp_path / "torch") == shards(tmp_path / "cuda")
 
 
 def test_method_and_options_reach_the_flow(tmp_path):

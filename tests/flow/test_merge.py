@@ -11,7 +11,7 @@ from ssl_flow.flow import merge as merge_module
 from ssl_flow.flow.lock import store_lock
 from ssl_flow.flow.merge import merge_stores
 from ssl_flow.flow.shard import index_path, shard_path
-from ssl_flow.flow.store import verify, write_manifest
+from ssl_flow.flow.store import verify, write_lists
 
 NAMES = ["a.mp4", "clips/b.mp4", "clips/c.mp4", LONG]
 
@@ -19,7 +19,7 @@ NAMES = ["a.mp4", "clips/b.mp4", "clips/c.mp4", LONG]
 @pytest.fixture
 def whole(tmp_path):
     store = make_store(tmp_path / "whole", NAMES)
-    write_manifest(store)
+    write_lists(store)
     return store
 
 
@@ -174,7 +174,7 @@ def test_problems_are_joined_but_for_what_another_store_could_do(tmp_path, parts
 
 @pytest.mark.skipif(os.name == "nt", reason="no locks there")
 def test_a_store_that_is_being_written_is_left_alone(tmp_path, parts, monkeypatch):
-    monkeypatch.setattr("ssl_flow.flow.lock._PATIENCE", 0.2)
+    monkeypatch.setattr("ssl_flow.flow.shard.PATIENCE", 0.2)
     out = make_store(tmp_path / "out", [])
     with store_lock(out, shared=True), pytest.raises(StoreError, match="being written"):
         merge_stores(parts, out)

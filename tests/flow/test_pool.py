@@ -12,6 +12,9 @@ import pytest
 from clips import living_source, moving, texture
 
 from ssl_flow.flow import Frame, Source, VideoError, extract
+from ssl_flow.flow.extract import check_settings
+from ssl_flow.flow.job import Settings
+from ssl_flow.flow.plan import make_plan
 from ssl_flow.flow.progress import Bar
 from ssl_flow.flow.store import verify
 
@@ -24,6 +27,19 @@ def hanging_source(short_side):
 def dying_source(short_side):
     yield Frame(0.0, texture(0))
     os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def test_a_dry_run_survives_what_hangs_or_crashes(tmp_path):
+    sources = {"a": living_source, "crashes": dying_source, "hangs": hanging_source}
+    settings = check_settings(Settings("dis", {}, 256, 0.1, None, False), "cpu")
+    plan = make_plan(
+        [Source(name, frames) for name, frames in sources.items()],
+        tmp_path / "store",
+        settings,
+        timeout=1.5,
+    )
+    assert (plan.sources, plan.sampled, plan.sampled_pairs, plan.unusable) == (3, 1, 3, 2)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("workers", [1, 2])

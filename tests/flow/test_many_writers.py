@@ -1,0 +1,139 @@
+"""Calls that write to one store at the same time, and what each of them must see of the others."""
+
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from clips import moving, shard_bytes, write_video
+from test_store import contents, make_store, write_shard
+
+from ssl_flow.flow import FlowStore, StoreError, extract, find_sources, shard
+from ssl_flow.flow import store as store_module
+from ssl_flow.flow.command import flow_command
+from ssl_flow.flow.lock import store_lock
+from ssl_flow.flow.merge import merge_stores
+from ssl_flow.flow.problems import ProblemList, read_problems
+from ssl_flow.flow.shard import BusyError, ShardWriter, open_temporary
+from ssl_flow.flow.store import verify, write_lists
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="no locks there")
+
+
+def is_locked(path):
+    try:
+        open_temporary(path, patience=0).close()
+    except BusyError:
+        return True
+    return False
+
+
+def test_parts_leave_the_lists_to_the_last_call(tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in "abcd":
+        write_video(folder / f"{name}.mp4", moving(12, seed=1), crf=str(10 + ord(name) % 4))
+    flags = [str(folder), "--workers", "1"]
+    for part in ("1/2", "2/2"):
+        assert flow_command([*flags, "--out", str(tmp_path / "s"), "--shard", part]) == 0
+        assert "without --shard" in capsys.readouterr().out
+    names = [file.name for file in (tmp_path / "s").iterdir()]
+    assert sorted(names) == [".lock", "shards", "store.json"]
+    assert verify(tmp_path / "s") == {}
+    assert len(FlowStore(tmp_path / "s").sources) == 4
+    with pytest.raises(StoreError, match=r"do not look for .*: run `ssl-flow merge"):
+        FlowStore(tmp_path / "s", duplicates=False)
+    merge_stores([tmp_path / "s"], tmp_path / "s")
+    assert FlowStore(tmp_path / "s", duplicates=False).sources == ["in/a.mp4"]
+    merged = shard_bytes(tmp_path / "s")
+    (tmp_path / "s/manifest.jsonl").unlink()
+    assert flow_command([*flags, "--out", str(tmp_path / "s")]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert shard_bytes(tmp_path / "s") == merged
+    extract(find_sources([folder])[0], tmp_path / "whole")
+    assert shard_bytes(tmp_path / "whole") == merged
+
+
+def test_a_part_without_any_pair_is_no_failure(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/empty.mp4").write_bytes(b"")
+    command = [str(tmp_path / "in"), "--out", str(tmp_path / "s"), "--workers", "1"]
+    assert [flow_command([*command, "--shard", f"{i}/2"]) for i in (1, 2)] == [0, 0]
+    assert flow_command(command) == 1
+
+
+def test_the_indexes_are_listed_when_nobody_else_writes_the_manifest(tmp_path, monkeypatch):
+    store = make_store(tmp_path / "s", ["a"])
+    listed = []
+
+    def list_indexes(path):
+        listed.append(is_locked(path / "manifest.jsonl"))
+        return shard.index_files(path)
+
+    monkeypatch.setattr(store_module, "index_files", list_indexes)
+    write_lists(store)
+    assert listed == [True]
+
+
+def test_the_list_of_problems_is_removed_while_it_is_locked(tmp_path, monkeypatch):
+    first = ProblemList(tmp_path, strict=False)
+    first.note("a", "broken")
+    first.save()
+    (tmp_path / ".problems.jsonl.tmp").write_bytes(b"left by a killed process")
+    locked, unlink = [], Path.unlink
+
+    def watched(path, missing_ok=False):
+        if path.name == "problems.jsonl":
+            locked.append(is_locked(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", watched)
+    second = ProblemList(tmp_path, strict=False)
+    second.note("a", None)
+    second.save()
+    assert locked == [True]
+    assert list(tmp_path.iterdir()) == []
+    assert read_problems(tmp_path) == {}
+
+
+def test_parts_keep_the_problems_of_each_other(tmp_path):
+    parts = [ProblemList(tmp_path, strict=False) for _ in range(3)]
+    for part, source in zip(parts, "abc", strict=True):
+        part.note(source, f"{source} is broken")
+        part.save()
+    parts[1].note("b", None)
+    parts[1].save()
+    assert read_problems(tmp_path) == {"a": "a is broken", "c": "c is broken"}
+
+
+def test_an_orphaned_worker_is_waited_for(tmp_path):
+    store = make_store(tmp_path / "s", [])
+    orphan = ShardWriter(store, "a")
+    timer = threading.Timer(0.3, orphan.__exit__)
+    timer.start()
+    write_shard(store, "a")
+    timer.join()
+    assert verify(store) == {}
+    assert FlowStore(store).sources == ["a"]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_stores_that_are_being_written_are_not_merged(tmp_path, monkeypatch, shared):
+    monkeypatch.setattr(shard, "PATIENCE", 0.1)
+    parts = [make_store(tmp_path / name, [name]) for name in "ab"]
+    with store_lock(parts[1], shared), pytest.raises(StoreError, match="b is being written by"):
+        merge_stores(parts, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    merge_stores([parts[0], *parts, tmp_path / "b/../a"], tmp_path / "out")
+    assert FlowStore(tmp_path / "out").sources == ["a", "b"]
+
+
+def test_a_store_that_may_only_be_read_is_merged(tmp_path, monkeypatch):
+    part = make_store(tmp_path / "a", ["a"])
+    (part / ".lock").mkdir()  # cannot be opened, by no user
+    before = contents(part)
+    assert merge_stores([part], tmp_path / "out").linked == 1
+    assert contents(part) == before
+    manifest = (tmp_path / "out/manifest.jsonl").read_text()
+    assert json.loads(manifest)["source"] == "a"
