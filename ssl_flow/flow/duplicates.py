@@ -19,13 +19,16 @@ from numpy.typing import NDArray
 
 PLAIN = 0  # the hash of a picture without contrast, which says nothing
 NEAR = 4  # bits of 64 in which two hashes of the same picture may differ
-MOST = 0.5  # share of a video's hashes that must be near another's to make it a duplicate
+# What makes a video a duplicate: such a share of its pictures is near one of the other's, and so
+# many. Pictures that are near each other count as one: of a fixed camera all are, and another scene
+# before the same background has the same.
+MOST = 0.9
+FEWEST = 5
 # Grey levels, the largest difference of two 32 x 32 pictures. 95 % of frames that come twice in one
 # video are below it. The mean difference is as small in a static scene where a small thing moves.
 SAME_PICTURE = 8
 _CONTRAST = 2.0  # grey levels, standard deviation of a 32 x 32 picture
 _SAMPLED = 128  # hashes a video that are looked up
-_FEW = 10  # hashes: a video with fewer is compared as soon as one of them is met
 _ONES = np.array([number.bit_count() for number in range(256)], np.uint8)
 
 Hashes = NDArray[np.uint64]
@@ -33,7 +36,7 @@ Hashes = NDArray[np.uint64]
 
 def frame_hash(grey: NDArray[np.uint8]) -> int:
     """Return the 64-bit perceptual hash of a grey picture (H, W), `PLAIN` if it shows nothing."""
-    return _hash_small(_small(grey))
+    return Thumbnail(grey).hash
 
 
 def near(a: int, b: int, distance: int = NEAR) -> bool:
@@ -41,11 +44,17 @@ def near(a: int, b: int, distance: int = NEAR) -> bool:
     return PLAIN not in (a, b) and (a ^ b).bit_count() <= distance
 
 
-def _small(grey: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return np.asarray(cv2.resize(grey, (32, 32), interpolation=cv2.INTER_AREA), dtype=np.uint8)
+class Thumbnail:
+    """A grey picture (H, W) at 32 x 32 pixels, and its hash."""
+
+    def __init__(self, grey: NDArray[np.uint8]) -> None:
+        """Shrink the picture and hash it."""
+        small = cv2.resize(grey, (32, 32), interpolation=cv2.INTER_AREA)
+        self.picture: NDArray[np.uint8] = np.asarray(small, dtype=np.uint8)
+        self.hash = _hash(self.picture)
 
 
-def _hash_small(small: NDArray[np.uint8]) -> int:
+def _hash(small: NDArray[np.uint8]) -> int:
     if cv2.meanStdDev(small)[1][0, 0] < _CONTRAST:
         return PLAIN
     low = np.asarray(cv2.dct(small.astype(np.float32)))[:8, :8].ravel()
@@ -63,20 +72,16 @@ class RepeatedPairs:
     place in both directions.
     """
 
-    hash: int  # of the first picture of the pair last asked for
-
     def __init__(self, remembered: int = 4096) -> None:
         """Remember so many pairs, 2 KB each; the oldest are forgotten."""
-        self.hash = PLAIN
         self._hashes = np.zeros((remembered, 2), np.uint64)
         self._pictures = np.zeros((remembered, 2, 32, 32), np.uint8)
         self._count = 0
 
-    def seen(self, first: NDArray[np.uint8], second: NDArray[np.uint8]) -> bool:
-        """Tell whether the pair of grey pictures (H, W) was there before; if not, remember it."""
-        pictures = np.stack([_small(first), _small(second)])  # (2, 32, 32)
-        hashes = np.array([_hash_small(picture) for picture in pictures], np.uint64)
-        self.hash = int(hashes[0])
+    def seen(self, first: Thumbnail, second: Thumbnail) -> bool:
+        """Tell whether the pair was there before; if not, remember it."""
+        pictures = np.stack([first.picture, second.picture])  # (2, 32, 32)
+        hashes = np.array([first.hash, second.hash], np.uint64)
         known = min(self._count, len(self._hashes))
         alike = np.flatnonzero((_distance(self._hashes[:known], hashes) <= NEAR).all(axis=1))
         if len(alike):
@@ -92,7 +97,8 @@ class RepeatedPairs:
 def find_duplicate_sources(hashes: Mapping[str, Sequence[int]]) -> dict[str, str]:
     """Find videos that are in a collection twice: copied, encoded again, or cut out of another.
 
-    A video is a duplicate of another if at least `MOST` of its hashes are near one of the other's.
+    A video is a duplicate of another if at least `MOST` of its pictures are near one of the other's
+    (hashes stand for pictures), and at least `FEWEST`: better miss a copy than name a wrong one.
     Of two that are so of each other, the one whose name comes first is the original; else the one
     that holds the other is. The answer depends on `hashes` alone, not on their order, and the time
     grows with the number of hashes (times its logarithm), not with its square.
@@ -105,23 +111,29 @@ def find_duplicate_sources(hashes: Mapping[str, Sequence[int]]) -> dict[str, str
     """
     names = sorted(hashes)
     all_hashes = [_unique(hashes[name]) for name in names]
+    samples = [_sample(found) for found in all_hashes]
     original: dict[int, int] = {}
+
+    def is_copy(copy: int, other: int) -> bool:
+        return _is_copy(samples[copy], all_hashes[other])
 
     def root(number: int) -> int:
         while number in original:
             number = original[number]
         return number
 
-    for first, second in _candidates([_sample(found) for found in all_hashes]):
+    for first, second in _candidates(samples):
         a, b = root(first), root(second)
         if a == b:
             continue
         a, b = min(a, b), max(a, b)
-        if _share_near(all_hashes[b], all_hashes[a]) >= MOST:
+        if is_copy(b, a):
             original[b] = a
-        elif _share_near(all_hashes[a], all_hashes[b]) >= MOST:
+        elif is_copy(a, b):
             original[a] = b
-    return {names[number]: names[root(number)] for number in sorted(original)}
+    # A copy of a copy, each a little off, may be none of the original.
+    pairs = [(number, root(number)) for number in sorted(original)]
+    return {names[copy]: names[other] for copy, other in pairs if is_copy(copy, other)}
 
 
 def _unique(hashes: Sequence[int]) -> Hashes:
@@ -158,22 +170,19 @@ def _candidates(samples: list[Hashes]) -> list[tuple[int, int]]:
         met = [(other * len(samples) + owner)[other != owner] for other in (first, before)]
         found.append(np.unique(np.concatenate(met)))
     pairs, choices = np.unique(np.concatenate(found), return_counts=True)
-    a, b = np.divmod(pairs, len(samples))
-    enough = (choices >= 2) | (np.minimum(lengths[a], lengths[b]) < _FEW)
-    return list(zip(a[enough].tolist(), b[enough].tolist(), strict=True))
+    a, b = np.divmod(pairs[choices >= 2], len(samples))
+    return list(zip(a.tolist(), b.tolist(), strict=True))
 
 
-def _share_near(hashes: Hashes, others: Hashes) -> float:
-    """Return the share of (a sample of) `hashes` with one of `others` near it."""
-    if len(hashes) == 0 or len(others) == 0:
-        return 0.0
-    sample = _sample(hashes)
-    rows = max(1, 2**17 // len(others))  # compared at once, in a few MB
-    hits = 0
-    for i in range(0, len(sample), rows):
-        close = _distance(sample[i : i + rows, None], others) <= NEAR
-        hits += int(close.any(axis=1).sum())
-    return hits / len(sample)
+def _is_copy(sample: Hashes, others: Hashes) -> bool:
+    """Tell that what `sample` shows is seen in `others`; see `find_duplicate_sources`."""
+    pictures = hits = 0
+    left = sample
+    while len(left):
+        hits += bool((_distance(left[0], others) <= NEAR).any())
+        pictures += 1
+        left = left[_distance(left[0], left) > NEAR]
+    return hits >= max(FEWEST, MOST * pictures)
 
 
 def _distance(a: Hashes, b: Hashes) -> NDArray[np.uint8]:

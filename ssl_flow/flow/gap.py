@@ -8,7 +8,6 @@ picture. So the gap is chosen for each video, in seconds, from what moves in its
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import suppress
 
 import cv2
 import numpy as np
@@ -29,6 +28,7 @@ USABLE_MOTION = 4.0
 LARGEST_MOTION = 16.0
 _SECONDS = 3.0  # of the video that are looked at
 _SEARCHED = 15.0  # seconds read at most, to get behind a title or a black picture
+_MOST = 1000  # pictures held, 30 MB: time stamps that are wrong can put 10^5 frames in a second
 _PLACES = 9  # pairs probed at each gap
 _PERCENTILE = 98  # of the lengths in a picture, as in is_motionless
 
@@ -48,6 +48,9 @@ def choose_gap(frames: Iterable[Frame], max_gap: float = MAX_GAP) -> float:
 
     Returns:
         Seconds: the median time between two frames times a power of two, or `max_gap`.
+
+    Raises:
+        MemoryError, RuntimeError, OSError: of `frames`; another time there may be more of them.
     """
     times, pictures = _first_moving_seconds(frames)
     if len(pictures) < 2:
@@ -74,11 +77,10 @@ def _first_moving_seconds(
     times: list[float] = []
     pictures: list[NDArray[np.uint8]] = []
     begin: float | None = None
-    # What could be read is enough: whatever went wrong then, extraction meets and reports it too.
-    with suppress(Exception):
+    try:
         for frame in frames:
             begin = frame.time if begin is None else begin
-            if times and frame.time - times[0] >= _SECONDS:
+            if times and (frame.time - times[0] >= _SECONDS or len(times) == _MOST):
                 moving = any(not is_still(pictures[0], other) for other in pictures[1::10])
                 if moving or frame.time - begin >= _SEARCHED:
                     break
@@ -88,6 +90,10 @@ def _first_moving_seconds(
                 break  # the video changes its size: a new start would gain little
             times.append(frame.time)
             pictures.append(picture)
+    except (MemoryError, RuntimeError, OSError):
+        raise
+    except Exception:
+        pass  # what could be read is enough; extraction meets what went wrong then and reports it
     return np.array(times), pictures
 
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,16 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .codec import encode_flow, png
-from .duplicates import RepeatedPairs, frame_hash
+from .duplicates import RepeatedPairs, Thumbnail
 from .estimators import MIN_SIZE, Option, flow_validity, grey, optical_flow, optical_flows
 from .gap import PROBE_SIZE, choose_gap
-from .pairs import is_cut, is_motionless, is_still, pair_frames
+from .pairs import is_cut, is_motionless, is_still, pair_frames, still_thumbnail
 from .pool import Tick
 from .shard import BusyError, ShardWriter, member_names, safe_name
 from .sources import Source, fingerprint
-from .video import Frame, VideoError
+from .video import Frame, VideoError, read_frames
 
-Grey = NDArray[np.uint8]  # (H, W)
 Flow = NDArray[np.float32]  # (H, W, 2)
 
 _JPEG_QUALITY = 92
@@ -77,19 +77,20 @@ def extract_source(
             return None, f"its name cannot be stored: {error.strerror}"
         raise
     with writer, one_thread(settings.method):
-        gap = settings.gap
-        if gap == "auto":
-            gap = choose_gap(_watched(source, PROBE_SIZE, tick))
-        every = gap if settings.every is None else settings.every
 
         def frames() -> Iterator[Frame]:
             for frame in _watched(source, settings.size, tick):
                 counts["frames"] += 1
                 yield frame
 
-        pairs = pair_frames(frames(), gap, every, skipped)
-        samples = make_samples(source.name, pairs, settings, skipped, device)
         try:
+            gap = settings.gap
+            if gap == "auto":
+                with _passing():
+                    gap = choose_gap(_watched(source, PROBE_SIZE, tick))
+            every = gap if settings.every is None else settings.every
+            pairs = pair_frames(frames(), gap, every, skipped)
+            samples = make_samples(source.name, pairs, settings, skipped, device)
             for key, members, picture in _survive(samples, problems):
                 writer.add(key, members)
                 hashes.append(f"{picture:016x}")
@@ -123,7 +124,10 @@ def extract_source(
 
 def _watched(source: Source, short_side: int, tick: Tick) -> Iterator[Frame]:
     """Read a source, with a sign of life at each frame."""
-    for number, frame in enumerate(source.frames(short_side)):
+    frames = source.frames
+    if isinstance(frames, partial) and frames.func is read_frames:
+        frames = partial(frames, alive=tick)  # a long damaged part has no frames to tell of
+    for number, frame in enumerate(frames(short_side)):
         tick(frame.share)
         if number == 0:  # of the others only those in a pair: most are never made, see Frame
             _check_large(frame)
@@ -148,7 +152,7 @@ def make_samples(
     """Yield key, members and `frame_hash` of each pair worth keeping; count the others."""
     names = member_names(settings.codec, settings.consistency)
     number = 0
-    for first, second, a, b, flow, backward in _flows(pairs, settings, skipped, device):
+    for one, other, flow, backward in _flows(pairs, settings, skipped, device):
         if not np.isfinite(flow).all():
             skipped["not_finite"] += 1
             continue
@@ -156,38 +160,48 @@ def make_samples(
             skipped["static"] += 1
             continue
         valid = flow_validity(flow)
-        if is_cut(a, b, flow, valid):
+        if is_cut(one.grey, other.grey, flow, valid):
             skipped["cut"] += 1
             continue
         key = f"{safe_name(name)}/{number:06d}"
         meta: dict[str, Any] = {
             "key": key,
             "video": name,
-            "time": round(first.time, 6),
-            "gap": round(second.time - first.time, 6),
+            "time": round(one.frame.time, 6),
+            "gap": round(other.frame.time - one.frame.time, 6),
             "method": settings.method,
             "size": list(flow.shape[:2]),
         }
-        contents = [_jpeg(first.image), encode_flow(flow, settings.codec)]
+        contents = [_jpeg(one.frame.image), encode_flow(flow, settings.codec)]
         if settings.consistency:
             if backward is None:
-                backward = optical_flow(b, a, settings.method, **settings.options)
+                backward = optical_flow(other.grey, one.grey, settings.method, **settings.options)
             valid = flow_validity(flow, backward)
             meta["consistent"] = round(float(valid.mean()), 4)
             mask = valid.astype(np.uint8) * 255
             contents.append(png(mask, [cv2.IMWRITE_PNG_BILEVEL, 1]))
         contents.append(json.dumps(meta).encode())
         number += 1
-        yield key, dict(zip(names, contents, strict=True)), frame_hash(a)
+        yield key, dict(zip(names, contents, strict=True)), one.thumbnail.hash
 
 
-_Moving = tuple[Frame, Frame, Grey, Grey]
+class _Picture:
+    """What is made of a frame to compare it: once, though it mostly ends a pair and begins one."""
+
+    def __init__(self, frame: Frame) -> None:
+        self.frame = frame
+        self.grey = grey(frame.image)
+        self.still = still_thumbnail(self.grey)
+        self.thumbnail = Thumbnail(self.grey)
+
+
+_Pair = tuple[_Picture, _Picture]
 
 
 def _flows(
     pairs: Iterator[tuple[Frame, Frame]], settings: Settings, skipped: Counter[str], device: str
-) -> Iterator[tuple[Frame, Frame, Grey, Grey, Flow, Flow | None]]:
-    """Yield frames, grey pictures and flow of each pair that is not still.
+) -> Iterator[tuple[_Picture, _Picture, Flow, Flow | None]]:
+    """Yield both pictures and the flow of each pair that is not still.
 
     The backward flow comes with it if it is wanted, on a GPU; elsewhere it is left for the pairs
     that are kept.
@@ -195,38 +209,40 @@ def _flows(
     method, options = settings.method, settings.options
     for group in _groups(_moving(pairs, skipped), 1 if device == "cpu" else _GROUP):
         if device == "cpu":
-            for first, second, a, b in group:
-                yield first, second, a, b, optical_flow(a, b, method, **options), None
+            for a, b in group:
+                yield a, b, optical_flow(a.grey, b.grey, method, **options), None
             continue
-        prev, next = (np.stack(x) for x in ([row[2] for row in group], [row[3] for row in group]))
+        prev, next = (np.stack([pair[i].grey for pair in group]) for i in (0, 1))
         forward = optical_flows(prev, next, method, device, **options)
         backward: list[Flow | None] = [None] * len(group)
         if settings.consistency:
             backward = list(optical_flows(next, prev, method, device, **options))
-        for row, there, back in zip(group, forward, backward, strict=True):
-            yield (*row, there, back)
+        for pair, there, back in zip(group, forward, backward, strict=True):
+            yield (*pair, there, back)
 
 
-def _moving(pairs: Iterator[tuple[Frame, Frame]], skipped: Counter[str]) -> Iterator[_Moving]:
+def _moving(pairs: Iterator[tuple[Frame, Frame]], skipped: Counter[str]) -> Iterator[_Pair]:
     """Leave out what shows itself to teach nothing before any flow is computed."""
     repeated = RepeatedPairs()
+    b: _Picture | None = None
     for first, second in pairs:
         _check_large(first)
-        a, b = (grey(frame.image) for frame in (first, second))
-        if is_still(a, b):
+        a = b if b is not None and b.frame is first else _Picture(first)
+        b = _Picture(second)
+        if is_still(a.still, b.still):
             skipped["static"] += 1
-        elif repeated.seen(a, b):
+        elif repeated.seen(a.thumbnail, b.thumbnail):
             skipped["duplicate"] += 1
         else:
-            yield first, second, a, b
+            yield a, b
 
 
-def _groups(pairs: Iterator[_Moving], size: int) -> Iterator[list[_Moving]]:
+def _groups(pairs: Iterator[_Pair], size: int) -> Iterator[list[_Pair]]:
     """Collect up to `size` pairs of one shape; those before an error come before it."""
-    group: list[_Moving] = []
+    group: list[_Pair] = []
     try:
         for pair in pairs:
-            if group and group[0][2].shape != pair[2].shape:
+            if group and group[0][0].grey.shape != pair[0].grey.shape:
                 yield group
                 group = []
             group.append(pair)
@@ -265,19 +281,24 @@ def one_thread(method: str) -> Iterator[None]:
 def _survive(samples: Iterator[Any], problems: list[str]) -> Iterator[Any]:
     """Turn whatever a stranger's file makes go wrong into a problem of that file alone."""
     try:
-        yield from samples
-    except ImportError:
+        with _passing():
+            yield from samples
+    except (ImportError, _Passing):
         raise  # a missing library is no fault of the file
-    except VideoError as error:
-        problems.append(str(error))
-    except (MemoryError, RuntimeError, OSError) as error:
-        raise _Passing(f"{type(error).__name__}: {error}") from error
     except Exception as error:
         problems.append(str(error) or type(error).__name__)
 
 
 class _Passing(Exception):
     """What may be over the next time (no memory, a sick GPU, a lost disk): nothing is stored."""
+
+
+@contextmanager
+def _passing() -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        raise _Passing(f"{type(error).__name__}: {error}") from error
 
 
 def _why_no_pair(frames: int, skipped: Counter[str], gap: float) -> str:

@@ -9,13 +9,14 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from .video import Frame
+from .video import Frame, VideoError
 
 STILL_DIFFERENCE = 0.25  # grey levels, mean over a 64 x 64 picture: only coding noise below it
 STILL_MOTION = 0.5  # pixels in a picture of shorter side 256: the error of a good estimator
 # Share of the contrast; measured on 19 clips at gaps of 0.1 and 0.2 s: shot cuts 0.91 and more,
 # all but the wildest camera swings 0.73 and less. Two unrelated pictures have about 1.1.
 CUT_RESIDUAL = 0.8
+_MOST = 1000  # frames that wait for their partners: half a second of a camera of 2000 a second
 _MARGIN = 1e-4  # seconds: time stamps are rounded to 1 ms or finer, 0.1 is no binary fraction
 
 
@@ -26,24 +27,25 @@ def pair_frames(
 
     Times decide, not frame numbers, so that videos of 10 and of 60 frames a second give the same
     kind of motion. A pair whose real distance is below half or above twice the gap (frames are
-    missing there, or the video is slower than that) is left out. Frames are kept in memory for one
-    gap only.
+    missing there, or the video is slower than that) is left out. In memory are the frames that wait
+    for their partners, already shrunk, and the one before the last: nobody else's can be nearest.
 
     Args:
         frames: in order of time.
         gap: seconds between the two frames of a pair.
         every: seconds between the first frames of two pairs; 0 starts one at every frame.
         skipped: counts what is left out: `hole`, or `size_change` between the two frames.
+
+    Raises:
+        VideoError: so many frames lie within one gap that their times must be wrong.
     """
-    window: deque[Frame] = deque()  # from the oldest start that still waits for its partner
-    starts: deque[Frame] = deque()
+    starts: deque[Frame] = deque()  # that wait for their partners
+    before: Frame | None = None
     next_start: float | None = None
     for frame in frames:
         while starts and frame.time >= starts[0].time + gap - _MARGIN:
             start = starts.popleft()
-            while window[0] is not start:
-                window.popleft()
-            partner = _nearest(start, window, frame, gap)
+            partner = _nearest(start, before, frame, gap)
             if not gap / 2 - _MARGIN <= partner.time - start.time <= 2 * gap + _MARGIN:
                 skipped["hole"] += 1
             elif partner.image.shape != start.image.shape:
@@ -51,27 +53,40 @@ def pair_frames(
             else:
                 yield start, partner
         if next_start is None or frame.time >= next_start - _MARGIN:
+            if len(starts) == _MOST:
+                raise VideoError(
+                    f"more than {_MOST} pairs begin within one gap ({gap:g} s): its time stamps "
+                    "are wrong, or choose a larger --every"
+                )
+            frame.image  # noqa: B018 (made now: a decoded frame takes far more memory)
             starts.append(frame)
             next_start = frame.time if next_start is None else next_start
             if every > 0:  # starts follow a fixed grid of times, else rounding would add up
-                next_start += every * (1 + (frame.time - next_start + _MARGIN) // every)
-        if starts:
-            window.append(frame)
+                passed = max(frame.time - next_start + _MARGIN, 0.0)  # not -1e-17
+                next_start += every * (1 + passed // every)
+        before = frame
 
 
-def _nearest(start: Frame, window: deque[Frame], frame: Frame, gap: float) -> Frame:
+def _nearest(start: Frame, before: Frame | None, frame: Frame, gap: float) -> Frame:
     """Return `frame`, the first at or after the wanted time, or the one before if it is nearer."""
-    before = window[-1]
     wanted = start.time + gap
-    if before is not start and wanted - before.time < frame.time - wanted - _MARGIN:
-        return before
-    return frame
+    if before is None or before is start:
+        return frame
+    return before if wanted - before.time < frame.time - wanted - _MARGIN else frame
 
 
 def is_still(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> bool:
-    """Tell, before any flow is computed, that two grey images (H, W) are practically the same."""
-    small = [cv2.resize(i, (64, 64), interpolation=cv2.INTER_AREA) for i in (first, second)]
-    return float(np.mean(cv2.absdiff(small[0], small[1]))) < STILL_DIFFERENCE
+    """Tell, before any flow is computed, that two grey images (H, W) are practically the same.
+
+    Their `still_thumbnail`s may be given instead.
+    """
+    difference = cv2.absdiff(still_thumbnail(first), still_thumbnail(second))
+    return float(np.mean(difference)) < STILL_DIFFERENCE
+
+
+def still_thumbnail(grey: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return what `is_still` looks at of a grey image (H, W): (64, 64)."""
+    return np.asarray(cv2.resize(grey, (64, 64), interpolation=cv2.INTER_AREA), dtype=np.uint8)
 
 
 def is_motionless(flow: NDArray[np.float32]) -> bool:

@@ -40,6 +40,7 @@ _NO_START = (
     "{} while it started; a script that computes with several processes needs the usual "
     '`if __name__ == "__main__":`'
 )
+_ENDED = (-signal.SIGTERM, -signal.SIGINT)  # exit codes of a process that was told to end
 _TELL = 0.2  # seconds between two messages of a worker
 
 
@@ -84,6 +85,7 @@ def _in_processes(
     timeout: float,
 ) -> Results[Item, Result]:
     team = [_Worker(job) for _ in range(min(workers, len(queue)))]
+    ended: list[Item] = []  # items whose worker somebody has ended
     try:
         while queue or any(worker.busy for worker in team):
             for index, worker in enumerate(team):
@@ -108,6 +110,13 @@ def _in_processes(
                         kind, *content = worker.pipe.recv()
                     except (EOFError, OSError):
                         kind, reason = "dead", worker.why_dead()
+                        if worker.process.exitcode in _ENDED and worker.item not in ended:
+                            # No fault of the item: the job is being stopped, and in a moment this
+                            # process will know. If not, it is tried again, once.
+                            worker.end()
+                            ended.append(worker.item)
+                            queue.append(worker.free())
+                            continue
                         # Not if it was killed: that may happen to any process at any time.
                         if not worker.ready and (worker.process.exitcode or 0) > 0:
                             raise RuntimeError(_NO_START.format(reason)) from None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -27,6 +28,8 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 # A damaged or malicious header can claim any size: it is refused before memory is asked for it.
 MAX_SIDE = 16384  # pixels, as libavcodec's H.264 decoder
 MAX_PIXELS = 2**28
+# Why a file cannot be opened that are no trouble of the disk: the next call would meet them too.
+_LASTING = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 class VideoError(ValueError):
@@ -68,20 +71,28 @@ class Header:
     frames: int | None
 
 
+def _nothing() -> None:
+    pass
+
+
 def read_frames(
-    path: str | Path, short_side: int | None = None, folder_fps: float = 24.0
+    path: str | Path,
+    short_side: int | None = None,
+    folder_fps: float = 24.0,
+    alive: Callable[[], object] = _nothing,
 ) -> Iterator[Frame]:
     """Yield the frames of a video file, or of a folder of images, in order of display.
 
     Damaged parts are left out, with all that is predicted from them: reading goes on at the next
-    key frame. Only when the last good frame has
-    been yielded does a `VideoError` say what was wrong: catch it to keep what could be read.
+    key frame. Only when the last good frame has been yielded does a `VideoError` say what was
+    wrong: catch it to keep what could be read.
 
     Args:
         path: a video file, or a folder of images (sorted by the numbers in their names).
         short_side: shrink frames so that the shorter side has this many pixels (aspect kept, area
             interpolation, never enlarged); None keeps the size.
         folder_fps: frames a second of an image folder, which has no times of its own.
+        alive: called for each packet or image, also where no frame comes of it.
 
     Yields:
         `Frame`s as they are to be displayed (rotation and pixel aspect applied), with strictly
@@ -90,18 +101,19 @@ def read_frames(
     Raises:
         FileNotFoundError: there is nothing at `path`.
         VideoError: it cannot be opened, has no video, or a part of it was damaged (at the end).
+        OSError: the disk failed while it was read; what was yielded is not all.
         ImportError: PyAV is not installed (it is needed for video files only).
     """
     path = Path(path)
     if path.is_dir():
-        yield from _read_folder(path, short_side, folder_fps)
+        yield from _read_folder(path, short_side, folder_fps, alive)
         return
     reason = why_no_file(path)
     if reason == NOTHING:
         raise FileNotFoundError(f"no such video or folder: {path}")
     if reason is not None:  # opening a pipe would wait for ever
         raise VideoError(f"{reason}: {path}")
-    yield from _read_video(path, short_side)
+    yield from _read_video(path, short_side, alive)
 
 
 def read_header(path: str | Path, folder_fps: float = 24.0) -> Header:
@@ -156,10 +168,13 @@ def _numeric_key(path: Path) -> tuple[list[tuple[int, str]], str]:
     return [(int(p), "") if i % 2 else (0, p) for i, p in enumerate(parts)], path.name
 
 
-def _read_folder(folder: Path, short_side: int | None, fps: float) -> Iterator[Frame]:
+def _read_folder(
+    folder: Path, short_side: int | None, fps: float, alive: Callable[[], object]
+) -> Iterator[Frame]:
     bad: list[str] = []
     files = image_files(folder)
     for index, file in enumerate(files):
+        alive()
         try:
             image = _read_image(file)
         except VideoError as error:
@@ -184,15 +199,18 @@ def _read_image(file: Path) -> NDArray[np.uint8]:
         raise VideoError(f"is {reason}")
     try:
         data = file.read_bytes()
+    except OSError as error:
+        if error.errno not in _LASTING:
+            raise
+        raise VideoError(f"cannot be read ({error.strerror})") from error
+    try:
         with Image.open(BytesIO(data)) as header:  # decodes nothing yet
             _check_size(*header.size)
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     except VideoError:
         raise
     except Exception as error:  # either library has its own ways to fail on broken files
-        name = type(error).__name__
-        detail = error.strerror if isinstance(error, OSError) and error.strerror else name
-        raise VideoError(f"cannot be read ({detail})") from error
+        raise VideoError(f"cannot be read ({type(error).__name__})") from error
     if image is None:
         raise VideoError("cannot be decoded")
     return np.asarray(image, dtype=np.uint8)
@@ -201,12 +219,15 @@ def _read_image(file: Path) -> NDArray[np.uint8]:
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     av = _import_av()
-    try:
-        # Absolute and with its protocol: FFmpeg would read "a:b.mp4" as protocol "a".
-        container = av.open(f"file:{path.absolute()}")
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise VideoError(f"cannot be opened as video: {_reason(error)}") from error
-    with container:
+    with ExitStack() as stack:
+        try:
+            # We read, not FFmpeg: to it a disk that fails is the end of the file, or, as a file cut
+            # off, an "I/O error". And it would take the name "a:b.mp4" for protocol "a".
+            file = stack.enter_context(path.open("rb", buffering=0))
+            # The limit also holds for what is decoded to learn what the header does not say.
+            container = stack.enter_context(av.open(file, options=_limits()))
+        except (av.FFmpegError, OSError, ValueError) as error:
+            raise VideoError(f"cannot be opened as video: {_reason(error)}") from error
         if not container.streams.video:
             raise VideoError("has no video stream")
         stream = container.streams.video[0]
@@ -215,7 +236,11 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         yield container, stream
 
 
-def _read_video(path: Path, short_side: int | None) -> Iterator[Frame]:
+def _limits() -> dict[str, str]:
+    return {"max_pixels": str(MAX_PIXELS)}
+
+
+def _read_video(path: Path, short_side: int | None, alive: Callable[[], object]) -> Iterator[Frame]:
     av = _import_av()
     with _opened(path) as (container, stream):
         _check_size(stream.width, stream.height)
@@ -223,7 +248,7 @@ def _read_video(path: Path, short_side: int | None) -> Iterator[Frame]:
         # otherwise depend on how its threads happen to run.
         stream.codec_context.thread_count = 1
         # The same limit for pictures that turn out larger than the header said.
-        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+        stream.codec_context.options = _limits()
         damage: list[str] = []
         step = 1.0 / float(stream.average_rate or stream.guessed_rate or 25)
         seconds, aspect = _seconds(container, stream), stream.sample_aspect_ratio
@@ -231,7 +256,7 @@ def _read_video(path: Path, short_side: int | None) -> Iterator[Frame]:
         last: float | None = None
         left_out = 0
         reformatter = av.video.reformatter.VideoReformatter()  # one: it keeps its tables
-        for raw in _decode(av, container, stream, damage):
+        for raw in _decode(av, container, stream, damage, alive):
             if raw is None:
                 left_out += 1
                 continue
@@ -251,7 +276,11 @@ def _read_video(path: Path, short_side: int | None) -> Iterator[Frame]:
 
 
 def _decode(
-    av: ModuleType, container: InputContainer, stream: VideoStream, damage: list[str]
+    av: ModuleType,
+    container: InputContainer,
+    stream: VideoStream,
+    damage: list[str],
+    alive: Callable[[], object],
 ) -> Iterator[VideoFrame | None]:
     """Yield all frames that can be decoded, None for one that cannot be trusted.
 
@@ -260,9 +289,10 @@ def _decode(
     bad, reason, lost = 0, "", False
     packets = container.demux(stream)
     while True:
+        alive()
         try:
             packet = next(packets, None)
-        except (av.FFmpegError, OSError) as error:  # a file cut off: FFmpeg can't find more packets
+        except av.FFmpegError as error:  # a file cut off: FFmpeg can't find more packets
             damage.append(f"file ends early: {_reason(error)}")
             packet = None
         try:
@@ -273,7 +303,7 @@ def _decode(
                 yield None if lost else frame
         except av.EOFError:  # demux has already sent the empty last packet
             pass
-        except (av.FFmpegError, OSError) as error:
+        except av.FFmpegError as error:
             bad, reason, lost = bad + 1, _reason(error), True
         if packet is None:
             break

@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from ssl_flow.flow import Frame
+from ssl_flow.flow import Frame, VideoError
 from ssl_flow.flow.pairs import pair_frames
 
 
@@ -68,6 +68,33 @@ def test_only_a_short_window_is_held():
             yield frame
 
     most = 0
-    for _ in pair_frames(frames(), 0.1, 1.0, Counter()):
+    for _ in pair_frames(frames(), 0.5, 0.5, Counter()):
         most = max(most, sum(ref() is not None for ref in alive))
-    assert most <= 6
+    assert most <= 4  # the pair, the start of the next, the one before
+
+
+def test_of_the_frames_that_wait_for_a_partner_only_the_small_pictures_are_held():
+    """A decoded frame of 4K takes 12 MB; one that is to be in no pair is not even shrunk."""
+    made, waiting = set(), []
+
+    def frames():
+        for i in range(61):
+            yield Frame(i / 60, lambda i=i: made.add(i) or np.zeros((16, 16, 3), np.uint8))
+            waiting.append({j for j in starts if j <= i} - made)
+
+    starts = {0, 20, 40, 60}
+    assert len(list(pair_frames(frames(), 0.5, 1 / 3, Counter()))) == 2
+    assert waiting == [set()] * 61
+    assert made == starts | {30, 50}
+
+
+@pytest.mark.parametrize("every", [0, 1e-5])
+def test_time_stamps_that_are_absurdly_dense_are_named(every):
+    image = np.zeros((16, 16, 3), np.uint8)
+    frames = (Frame(i * 1e-5, image) for i in range(20_000))
+    with pytest.raises(VideoError, match=r"more than 1000 pairs begin within one gap \(0\.1 s\)"):
+        list(pair_frames(frames, 0.1, every, Counter()))
+    frames = (Frame(i * 1e-5, image) for i in range(20_001))
+    assert [f.time for f, _ in pair_frames(frames, 0.1, 0.1, Counter())] == pytest.approx(
+        [0, 0.1], abs=2e-4
+    )

@@ -1,3 +1,5 @@
+import errno
+
 import numpy as np
 import pytest
 from clips import moving, texture
@@ -75,6 +77,27 @@ def test_only_the_beginning_is_read():
 
     assert choose_gap(still()) == MAX_GAP
     assert read[-1] < 20
+
+
+def test_dense_time_stamps_do_not_fill_the_memory():
+    read = []
+
+    def frames():
+        for i, image in enumerate(shifting(0.1, 2000)):
+            read.append(i)
+            yield Frame(i / 1e5, image)
+
+    assert 0 < choose_gap(frames()) <= MAX_GAP
+    assert len(read) <= 1001
+
+
+def test_an_error_of_the_disk_is_no_end_of_the_video():
+    def failing():
+        yield from video(shifting(1))[:45]
+        raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output"):
+        choose_gap(failing())
 
 
 def test_damaged_short_and_changing_videos_get_an_answer():

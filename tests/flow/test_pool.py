@@ -72,6 +72,31 @@ def test_22_25_a_worker_that_hangs_or_crashes_costs_one_source(tmp_path, workers
         assert not (out / "problems.jsonl").exists()  # nothing is wrong any more
 
 
+def source_whose_worker_is_ended(marks, short_side):
+    """End the own process as often as there are marks."""
+    yield Frame(0.0, texture(0))
+    for mark in marks.glob("*"):
+        mark.unlink()
+        os.kill(os.getpid(), signal.SIGTERM)
+    yield from living_source(short_side)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_worker_that_is_told_to_end_speaks_not_against_its_video(tmp_path, times):
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    for i in range(times):
+        (marks / str(i)).touch()
+    ended = Source("ended", partial(source_whose_worker_is_ended, marks))
+    sources = [ended, Source("b", living_source)]
+    summary = extract(sources, tmp_path / "store", workers=1)
+    reasons = [problem.reason for problem in summary.problems]
+    if times == 1:  # somebody was in error, or this process will be told in a moment
+        assert reasons == [] and summary.done == 2
+    else:  # a guard of the memory, for example, which would do it again for ever
+        assert len(reasons) == 1 and "died (SIGTERM" in reasons[0] and summary.done == 1
+
+
 def test_a_script_without_the_usual_guard_is_told_so(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

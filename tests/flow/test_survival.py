@@ -151,6 +151,21 @@ def test_25_ctrl_c_and_sigterm_end_it_cleanly(clips, undisturbed, tmp_path, numb
     assert shard_bytes(out) == undisturbed[0]
 
 
+@linux
+def test_25_no_video_is_blamed_when_all_processes_are_told_to_end(clips, tmp_path):
+    out = tmp_path / "store"
+    process = run(clips, out, workers=2)
+    wait_for(lambda: list(out.rglob("*.index.json")))
+    for worker in workers_of(process.pid):  # as a kill of the group may: the parent comes last
+        os.kill(worker, signal.SIGTERM)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 143
+    assert not (out / "problems.jsonl").exists()
+    wait_for(partial(has_ended, process.pid))
+
+
 def limit_file_size(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
