@@ -12,7 +12,7 @@ _COMMANDS = {
     "flow": ("ssl_flow.flow.command", "flow_command", "videos -> a store of frames and flow"),
     "merge-flow": ("ssl_flow.flow.merge", "merge_command", "several stores -> one"),
     "show flow": ("ssl_flow.flow.show", "show_flow_command", "a store -> a sheet of pictures"),
-    "train": ("ssl_flow.training.loop", "train_command", "a store -> an encoder with a score"),
+    "train": ("ssl_flow.training.command", "train_command", "a store -> an encoder with a score"),
     "eval linear-probe": (
         "ssl_flow.evaluation.probe_command",
         "linear_probe_command",
