@@ -11,6 +11,7 @@ import tyro
 
 from ssl_flow.config import Config, load_config
 from ssl_flow.models import WeightsError
+from ssl_flow.training.distributed import is_main_process
 from ssl_flow.training.loop import pretrain
 from ssl_flow.training.safety import CollapseError, Interrupted
 
@@ -37,12 +38,14 @@ def train_command(argv: list[str]) -> int:
         config = _resumed(known.resume, rest) if known.resume else _new(rest)
         run = pretrain(config, known.resume)
     except Interrupted as stopped:
-        print(f"train: {stopped}", file=sys.stderr)
+        if is_main_process():
+            print(f"train: {stopped}", file=sys.stderr)
         return stopped.exit_status
     except _REFUSALS as error:
         print(f"train: {error}", file=sys.stderr)
         return 2
-    print(f"encoder: {run / 'encoder'}    report: {run / 'report.html'}")
+    if is_main_process():
+        print(f"encoder: {run / 'encoder'}    report: {run / 'report.html'}")
     return 0
 
 

@@ -60,6 +60,11 @@ class World:
         return made[0]  # type: ignore[return-value]
 
 
+def is_main_process() -> bool:
+    """Whether this is process 0 of torchrun's, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def join_world(device: str) -> Iterator[World]:
     """Meet the other processes that torchrun started (none without it).
