@@ -120,9 +120,9 @@ def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Enc
     progress = load_checkpoint(run, parts)
 
     # 4. The same module, faster.
-    encoder.train()
     if world.size > 1 and train.sync_batchnorm:
         convert_sync_batchnorm(encoder)  # the same parameters, in place
+    encoder.train()
     if train.compile:
         encoder.compile()
     module: nn.Module = objective
@@ -234,6 +234,7 @@ def _measure(
     A constant embedding and one random one above, the target's entropy below.
     """
     _, flow, weight = batch
+    embedding = embedding.nan_to_num()  # eigenvalues of NaN raise; the loss tells of it
     noise = torch.Generator().manual_seed(0)
     random = torch.randn(1, *embedding.shape[1:], generator=noise).to(flow).expand_as(embedding)
     values = {

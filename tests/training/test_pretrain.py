@@ -39,7 +39,9 @@ def test_metrics_put_the_loss_between_its_floor_and_the_constant_embedding(finis
     assert [row["step"] for row in rows] == [2, 4, 6]
     for row in rows:
         assert row["target_entropy"] < row["loss"]
-        assert row["target_entropy"] < row["constant_loss"]
+        assert row["target_entropy"] < row["constant_loss"] < row["random_loss"]
+        assert row["kl"] == pytest.approx(row["loss"] - row["target_entropy"])
+        assert 0 < row["embedding_std"] <= 1
         assert 1 <= row["effective_rank"] <= 16
         assert row["skipped_steps"] == 0
 

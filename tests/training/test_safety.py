@@ -1,3 +1,4 @@
+import math
 import os
 import signal
 from dataclasses import replace
@@ -11,7 +12,7 @@ from tiny import lines, tiny
 
 from ssl_flow.config import Config, EvaluationConfig
 from ssl_flow.models import create_encoder, load_encoder
-from ssl_flow.training import batches, initial, loop, pretrain, train_command
+from ssl_flow.training import initial, loop, pretrain, train_command
 from ssl_flow.training.initial import initialize
 from ssl_flow.training.safety import (
     CollapseError,
@@ -28,13 +29,14 @@ def weights(run):
 
 
 def test_non_finite_steps_are_skipped_counted_and_in_the_end_fatal(store, tmp_path, monkeypatch):
-    real, calls = batches.normalize_flow, []
+    real, calls = loop.make_batch, []
 
-    def sometimes_nan(flow, weight, mode):
+    def sometimes_nan(*arguments):
         calls.append(1)
-        return real(flow, weight, mode) * (float("nan") if len(calls) in bad else 1)
+        batch = real(*arguments)
+        return batch._replace(images=batch.images * (math.nan if len(calls) in bad else 1))
 
-    monkeypatch.setattr(batches, "normalize_flow", sometimes_nan)
+    monkeypatch.setattr(loop, "make_batch", sometimes_nan)
     bad = {2, 3}
     rows = lines(pretrain(tiny(store, tmp_path / "a")))
     assert rows[-1]["skipped_steps"] == 2
@@ -46,7 +48,7 @@ def test_non_finite_steps_are_skipped_counted_and_in_the_end_fatal(store, tmp_pa
     assert str(run / "bad_batch.pt") in str(caught.value)
     saved = torch.load(run / "bad_batch.pt", weights_only=True)
     assert saved["images"].shape == (4, 3, 64, 64)
-    assert saved["flow"].isnan().all()
+    assert saved["images"].isnan().all()
     assert saved["step"] == 9
 
 

@@ -12,7 +12,7 @@ from ssl_flow.config import Config, DataConfig, TrainConfig
 from ssl_flow.flow import FlowStore
 from ssl_flow.losses import CrossPixelFlowLoss
 from ssl_flow.models import create_encoder
-from ssl_flow.training import pretrain
+from ssl_flow.training import loop, pretrain
 from ssl_flow.training.batches import Examples, Share, crop_side
 from ssl_flow.training.distributed import World
 from ssl_flow.training.initial import checkpoint_activations, try_step
@@ -188,6 +188,16 @@ def test_trying_a_step_leaves_no_trace_but_freezes_what_is_not_needed():
     frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
     assert frozen == ["encoder.backbone.norm.weight", "encoder.backbone.norm.bias"]
     assert all(p.grad is None for p in module.parameters())
+
+
+def test_a_run_can_checkpoint_its_activations(store, tmp_path, finished, monkeypatch):
+    calls = []
+    real = loop.checkpoint_activations
+    monkeypatch.setattr(loop, "checkpoint_activations", lambda *a: calls.append(1) or real(*a))
+    run = pretrain(tiny(store, tmp_path, checkpoint_activations=True))
+    assert calls
+    for row, expected in zip(lines(run), lines(finished), strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-3)
 
 
 def test_compile_is_asked_for_in_place(store, tmp_path, finished, monkeypatch):
