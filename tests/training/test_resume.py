@@ -53,18 +53,20 @@ def killed(store, tmp_path_factory):
     config = replace(config, data=replace(config.data, start_crop=32))
     save_config(config, folder / "c.yaml")
     argv, rng = [str(folder / "c.yaml"), "--train.amp", "float16"], random.Random(0)
-    outs = {name: str(folder / name) for name in ("whole", "killed", "stopped")}
-    jobs = [{"argv": argv, "out": outs["whole"]}]
+    outs = {name: str(folder / name) for name in ("whole", "killed", "stopped", "reading")}
+    # Only the undisturbed run has processes that read data: they must not change what is learned.
+    jobs = [{"argv": [*argv, "--data.workers", "2"], "out": outs["whole"]}]
     for number, at in enumerate(sorted(rng.sample(range(1, 14), 4))):
-        jobs.append({"argv": argv if number == 0 else [], "out": outs["killed"], "at": at,
-                     "resume": number > 0})  # fmt: skip
+        start = {"resume": True, "argv": []} if number else {"argv": argv}
+        jobs.append({**start, "out": outs["killed"], "at": at})
     jobs.append({"argv": [], "out": outs["killed"], "resume": True})
-    sent = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
-    for number, name in enumerate(sent):
-        jobs.append({"argv": [] if number else [*argv, "--data.workers", "1"], "at": 3 + 3 * number,
-                     "out": outs["stopped"], "resume": number > 0, "sent": int(name),
-                     "group": True})  # fmt: skip
+    for number, name in enumerate([signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]):
+        start = {"resume": True, "argv": []} if number else {"argv": argv}
+        jobs.append({**start, "out": outs["stopped"], "at": 3 + 3 * number, "sent": int(name)})
     jobs.append({"argv": [], "out": outs["stopped"], "resume": True})
+    # Ctrl-C and schedulers signal the whole group, the processes that read included.
+    jobs.append({"argv": [*argv, "--data.workers", "1"], "out": outs["reading"], "at": 2,
+                 "sent": int(signal.SIGINT), "group": True})  # fmt: skip
     statuses, stderr = drive(jobs)
     return {k: only(Path(v)) for k, v in outs.items()}, statuses, stderr
 
@@ -79,7 +81,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(killed):
 
 def test_a_signalled_run_saves_says_how_to_go_on_and_loses_nothing(killed):
     runs, statuses, stderr = killed
-    assert statuses[6:] == [143, 128 + signal.SIGUSR1, 130, 0]
+    assert statuses[6:10] == [143, 128 + signal.SIGUSR1, 130, 0]
     assert weights(runs["stopped"]) == weights(runs["whole"])
     assert untimed(runs["stopped"]) == untimed(runs["whole"])
     for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
@@ -87,9 +89,16 @@ def test_a_signalled_run_saves_says_how_to_go_on_and_loses_nothing(killed):
     assert f"ssl-flow train --resume {runs['stopped']}" in stderr
 
 
+def test_a_signal_to_the_whole_group_saves_too(killed):
+    runs, statuses, _ = killed
+    assert statuses[10] == 130
+    assert any((runs["reading"] / "checkpoints").glob("step-*.pt"))
+    assert not (runs["reading"] / "encoder").exists()
+
+
 def test_the_last_two_checkpoints_and_the_best_are_kept(killed):
     runs, _, _ = killed
-    for run in runs.values():
+    for run in (runs["whole"], runs["killed"], runs["stopped"]):
         names = sorted(p.name for p in (run / "checkpoints").iterdir())
         assert names == ["best.pt", "step-00000012.pt", "step-00000014.pt"]
     rows = lines(runs["whole"])
