@@ -48,6 +48,8 @@ def only(folder):
 @pytest.fixture(scope="module")
 def killed(store, tmp_path_factory):
     """Runs with everything that has a state: undisturbed, killed, and stopped by signals."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs POSIX processes and signals")
     folder = tmp_path_factory.mktemp("killed")
     config = tiny(store, folder, steps=14, log_every=1, checkpoint_every=3, ema=0.9)
     config = replace(config, data=replace(config.data, start_crop=32))
