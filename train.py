@@ -2,7 +2,7 @@
 
 import sys
 
-from ssl_flow.training.loop import train_command
+from ssl_flow.training.command import train_command
 
 if __name__ == "__main__":
     sys.exit(train_command(sys.argv[1:]))

@@ -17,7 +17,7 @@ _COMMANDS = {
         "show_run_command",
         "training runs -> their curves and report",
     ),
-    "train": ("ssl_flow.training.loop", "train_command", "a store -> an encoder with a score"),
+    "train": ("ssl_flow.training.command", "train_command", "a store -> an encoder with a score"),
     "eval linear-probe": (
         "ssl_flow.evaluation.probe_command",
         "linear_probe_command",

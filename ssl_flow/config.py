@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import math
+import os
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,8 @@ class DataConfig:
     """How many synthetic videos (only for `store: synthetic`)."""
     crop: int = 128
     """Side of the training crops in pixels, a multiple of 32."""
+    start_crop: int = 0
+    """Side at the start, grows in steps of 32 to `crop` in two thirds of the run; 0 = off."""
     min_scale: float = 0.3
     """Smallest crop as a fraction of the frame's area; 1 = the whole shorter side."""
     color_jitter: float = 0.4
@@ -38,8 +42,9 @@ class ModelConfig:
 
     backbone: str = "resnet18"
     """Any timm model name."""
-    pretrained: bool = False
-    """Start from timm's weights instead of random ones."""
+    init_from: str = ""
+    """Start weights: a run or encoder folder, timm:NAME, a .safetensors file, a checkpoint (.pt) of
+    a run; empty = random. On the command line --init-from, too."""
     embedding_dim: int = 16
     """D, the length of a pixel's embedding."""
     hidden_dim: int = 128
@@ -77,29 +82,42 @@ class TrainConfig:
     steps: int = 600
     """Optimiser steps."""
     batch_size: int = 16
-    """Crops a step."""
+    """Crops a step, of all processes together."""
+    accumulate: int = 1
+    """Parts in which a batch is computed to save memory; the gradient is the whole batch's."""
     learning_rate: float = 1e-3
     """Peak of warm-up + cosine, AdamW."""
     weight_decay: float = 0.05
     """AdamW's, on weights that are matrices or kernels."""
     warmup: float = 0.1
     """Share of the steps in which the learning rate rises."""
-    amp: Literal["auto", "bfloat16", "none"] = "auto"
-    """Autocast; auto = bfloat16 where the device computes it natively."""
+    ema: float = 0.0
+    """Decay of a moving average of the weights, which is then saved and judged; 0 = off."""
+    amp: Literal["auto", "bfloat16", "float16", "none"] = "auto"
+    """Autocast; auto = bfloat16 where the device computes it natively, else float16 on GPUs."""
+    compile: bool = False
+    """torch.compile the encoder: a minute or more at the start, faster steps on a GPU."""
+    checkpoint_activations: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory."""
+    sync_batchnorm: bool = False
+    """BatchNorm over the batches of all GPUs (torchrun) instead of each one's own."""
     log_every: int = 20
     """Steps between lines of metrics."""
     checkpoint_every: int = 200
-    """Steps between checkpoints (to resume) and pictures."""
+    """Steps between checkpoints (to resume; the last 2 and the best are kept) and pictures."""
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """The score at the end of the run."""
+    """The score at the end of the run, and on the way."""
 
     data: str = "synthetic"
     """Labelled data for the linear probe, e.g. `camvid:PATH`; `none` = no score."""
     seeds: int = 1
     """Probe seeds; as many random encoders are probed beside them."""
+    every: int = 0
+    """Steps between short probes of a part of the images, which choose the best checkpoint;
+    0 = off, the loss does."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +138,13 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse impossible values before anything starts."""
+        crop, start, batch = self.data.crop, self.data.start_crop, self.train.batch_size
+        parts = self.train.accumulate
+        sides = f"0 or a multiple of 32 up to data.crop ({crop})"
+        divisor = f"a divisor of train.batch_size ({batch})"
         checks = [
-            ("data.crop", self.data.crop > 0 and self.data.crop % 32 == 0, "a multiple of 32"),
+            ("data.crop", crop > 0 and crop % 32 == 0, "a multiple of 32"),
+            ("data.start_crop", start % 32 == 0 and 0 <= start <= crop, sides),
             ("data.min_scale", 0 < self.data.min_scale <= 1, "in (0, 1]"),
             ("data.color_jitter", 0 <= self.data.color_jitter <= 1, "in [0, 1]"),
             ("data.workers", self.data.workers >= 0, "0 or more"),
@@ -129,7 +152,9 @@ class Config:
             ("model.embedding_dim", self.model.embedding_dim >= 2, "2 or more"),
             ("model.hidden_dim", self.model.hidden_dim >= 1, "1 or more"),
             ("train.steps", self.train.steps >= 1, "1 or more"),
-            ("train.batch_size", self.train.batch_size >= 1, "1 or more"),
+            ("train.batch_size", batch >= 1, "1 or more"),
+            ("train.accumulate", parts >= 1 and batch % parts == 0, divisor),
+            ("train.ema", 0 <= self.train.ema < 1, "in [0, 1)"),
             ("train.learning_rate", self.train.learning_rate > 0, "above 0"),
             ("train.weight_decay", self.train.weight_decay >= 0, "0 or more"),
             ("train.warmup", 0 <= self.train.warmup < 1, "in [0, 1)"),
@@ -137,7 +162,12 @@ class Config:
             ("train.checkpoint_every", self.train.checkpoint_every >= 1, "1 or more"),
             ("seed", self.seed >= 0, "0 or more"),
             ("evaluation.seeds", self.evaluation.seeds >= 1, "1 or more"),
+            ("evaluation.every", self.evaluation.every >= 0, "0 or more"),
         ]
+        for group in dataclasses.fields(self):
+            for key, value in getattr(getattr(self, group.name), "__dict__", {}).items():
+                finite = not isinstance(value, float) or math.isfinite(value)
+                checks.append((f"{group.name}.{key}", finite, "a finite number"))
         for key, fine, expected in checks:
             if not fine:
                 value = functools.reduce(getattr, key.split("."), self)
@@ -166,8 +196,12 @@ def load_config(name: str) -> Config:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the resolved configuration as YAML that `load_config` reads."""
-    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+    """Write the resolved configuration as YAML that `load_config` reads; atomically."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(
+        yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8"
+    )
+    temporary.replace(path)
 
 
 def preset_files() -> dict[str, Path]:

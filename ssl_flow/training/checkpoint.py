@@ -1,45 +1,122 @@
-"""Checkpoints to resume from: one file, replaced atomically, loaded without running its code."""
+"""Checkpoints to resume from: written atomically, the last ones and the best kept, loaded as data.
+
+`RUN/checkpoints/step-00000200.pt` holds the state of everything that a step changes. Random
+numbers need no state: a step's come from (seed, step, process), its examples from (seed, number).
+"""
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+
+KEPT = 2
+"""How many of the newest checkpoints stay; the best one stays beside them as `best.pt`."""
+
+
+@dataclass
+class Progress:
+    """Where a run is, beside its weights; part of the checkpoint."""
+
+    step: int = 0
+    """Steps done."""
+    skipped: int = 0
+    """Steps that changed nothing, since the loss or the gradient was not finite."""
+    bad_in_a_row: int = 0
+    collapsed_in_a_row: int = 0
+    window: list[float] = field(default_factory=list)
+    """What was logged since the last checkpoint of the quantity that decides which is the best."""
+    best: float = -math.inf
+    """Quality of `best.pt`: the higher, the better."""
 
 
 def save_checkpoint(
-    run: Path, step: int, state: nn.Module, optimizer: torch.optim.Optimizer
+    run: Path, progress: Progress, parts: Mapping[str, Any], judge: bool = True
 ) -> None:
-    """Write `RUN/checkpoints/last.pt`: weights, optimizer, random state, steps done."""
+    """Write a checkpoint, drop old ones; it becomes `best.pt` when its window is the best so far.
+
+    Args:
+        run: the run folder.
+        progress: as it is after `progress.step` steps.
+        parts: name -> what has `state_dict` and `load_state_dict`.
+        judge: whether the window ends here; it is then emptied.
+    """
+    is_best = False
+    if judge and progress.window:
+        quality = sum(progress.window) / len(progress.window)
+        is_best = quality > progress.best
+        progress.window, progress.best = [], max(quality, progress.best)
     folder = run / "checkpoints"
     folder.mkdir(exist_ok=True)
-    temporary = folder / f".last.pt.{os.getpid()}"
-    content = {
-        "step": step,
-        "state": state.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "random": torch.get_rng_state(),
-        "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+    for torn in folder.glob(".*.pt"):  # of a run that was killed while it wrote
+        torn.unlink()
+    content = {name: part.state_dict() for name, part in parts.items()}
+    temporary, path = folder / ".writing.pt", folder / f"step-{progress.step:08d}.pt"
     with temporary.open("wb") as file:
-        torch.save(content, file)
+        torch.save({"progress": asdict(progress), **content}, file)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(folder / "last.pt")
+    if is_best:
+        shutil.copyfile(temporary, folder / ".best.pt")
+        (folder / ".best.pt").replace(folder / "best.pt")
+    temporary.replace(path)
+    for old in _newest_first(run)[KEPT:]:
+        old.unlink()
 
 
-def load_checkpoint(run: Path, state: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Restore what `save_checkpoint` wrote; the steps done, 0 when there is no checkpoint yet."""
-    path = run / "checkpoints" / "last.pt"
-    if not path.is_file():
-        return 0
-    device = next(state.parameters()).device
-    content = torch.load(path, map_location=device, weights_only=True)
-    state.load_state_dict(content["state"])
-    optimizer.load_state_dict(content["optimizer"])
-    torch.set_rng_state(content["random"].cpu())
-    if content["cuda_random"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([state.cpu() for state in content["cuda_random"]])
-    return int(content["step"])
+def load_checkpoint(run: Path, parts: Mapping[str, Any]) -> Progress:
+    """Restore the newest readable checkpoint; what cannot be read is named and passed over.
+
+    Files are read as data (`weights_only`): a pickle that would run code is refused.
+
+    Returns:
+        The progress; of step 0 when the run has no checkpoint yet.
+
+    Raises:
+        ValueError: none of the checkpoints can be read, or one does not fit this configuration.
+    """
+    refused = []
+    for path in _newest_first(run):
+        try:
+            content = read_checkpoint(path)
+        except ValueError as error:
+            refused.append(str(error))
+            continue
+        for reason in refused:
+            print(f"{reason}; going on from {path.name}", flush=True)
+        try:
+            for name, part in parts.items():
+                if content[name]:  # a scaler that was off has no state
+                    part.load_state_dict(content[name])
+            return Progress(**content["progress"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} does not fit {run / 'config.yaml'}: {error}") from error
+    if refused:
+        raise ValueError("; ".join(refused))
+    return Progress()
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint, on the CPU; ValueError when it is damaged or holds code."""
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        content["progress"]["step"]
+    except Exception as error:  # each kind of damage has its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is damaged or no checkpoint ({reason})") from error
+    return content
+
+
+def has_checkpoint(run: Path) -> bool:
+    """Whether there is anything to go on from."""
+    return bool(_newest_first(run))
+
+
+def _newest_first(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob("step-*.pt"), reverse=True)

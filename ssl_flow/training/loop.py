@@ -3,6 +3,8 @@
     python train.py                         # preset quickstart: synthetic videos, minutes on a CPU
     python train.py small --data.store STORE --evaluation.data camvid:PATH
     python train.py --resume runs/NAME      # go on with an interrupted run
+    python train.py --resume runs/NAME --train.steps 2000               # make a run longer
+    torchrun --nproc-per-node 8 train.py small --data.store STORE       # one process a GPU
 
 One run folder holds everything: config.yaml, metrics.jsonl, tensorboard/, checkpoints/ (to resume),
 encoder/ (to import), pictures/, results.json, report.html.
@@ -12,26 +14,51 @@ from __future__ import annotations
 
 import copy
 import math
-import multiprocessing
-import sys
 import time
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, Subset, default_collate
+from timm.layers.norm_act import convert_sync_batchnorm
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from ssl_flow.config import Config, load_config, save_config
-from ssl_flow.data.pairs import FlowPairs, Pair, normalize_flow
-from ssl_flow.flow import FlowStore, extract
+from ssl_flow.config import Config, save_config
+from ssl_flow.data.pairs import Pair
 from ssl_flow.losses import CrossPixelFlowLoss
-from ssl_flow.models import Encoder, WeightsError, create_encoder, pick_device, save_encoder
-from ssl_flow.training.checkpoint import load_checkpoint, save_checkpoint
+from ssl_flow.models import Encoder, create_encoder, save_encoder
+from ssl_flow.training.batches import (
+    Examples,
+    make_batch,
+    make_loader,
+    open_store,
+    synthetic_store,
+)
+from ssl_flow.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
+from ssl_flow.training.distributed import World, join_world
+from ssl_flow.training.initial import checkpoint_activations, initialize, try_step
 from ssl_flow.training.monitors import Metrics, effective_rank, embedding_sheet
-from ssl_flow.training.score import score_run
-
-PATIENCE = 10  # non-finite steps in a row after which training stops
+from ssl_flow.training.run_folder import check_same_run, new_run_folder
+from ssl_flow.training.safety import (
+    PATIENCE,
+    Interrupted,
+    StopSignals,
+    check_collapse,
+    embedding_std,
+    explain_out_of_memory,
+    save_bad_batch,
+)
+from ssl_flow.training.score import online_probe, score_run
+from ssl_flow.training.step import (
+    Batch,
+    Objective,
+    amp_type,
+    learning_rate,
+    make_optimizer,
+    take_step,
+    update_average,
+)
 
 
 def pretrain(config: Config, resume: Path | None = None) -> Path:
@@ -39,268 +66,214 @@ def pretrain(config: Config, resume: Path | None = None) -> Path:
 
     Args:
         config: every knob; see `ssl_flow.config`.
-        resume: an interrupted run folder to go on with (its config.yaml counts, not `config`).
+        resume: a run folder to go on with; `config` must be that of its config.yaml, but for a
+            larger `train.steps`: then the schedules (learning rate, crop side) are those of the new
+            length, from the step at which the run is.
 
     Raises:
         ValueError, FileNotFoundError: bad configuration, store or labelled data, before any work.
         FloatingPointError: the loss stayed non-finite.
+        CollapseError: the embedding has become the same everywhere.
+        MemoryAdvice: out of memory, with the knobs that help.
+        Interrupted: by a signal; a checkpoint is saved.
     """
     if resume is not None:
-        config = load_config(str(resume / "config.yaml"))
-    device = pick_device(config.device)
-    loss_function = _loss(config).to(device)
-    torch.manual_seed(config.seed)
-    encoder = create_encoder(
-        config.model.backbone,
-        config.model.embedding_dim,
-        config.model.hidden_dim,
-        config.model.pretrained,
-    ).to(device=device)
-    encoder.to(memory_format=torch.channels_last)
-    _try_step(config, encoder, device)
-    score = score_run(config, device)  # checks the labelled data now, probes at the end
-
-    store = None if config.data.store == "synthetic" else _open_store(config.data.store)
-    run = resume or _new_run_folder(config)
-    print(f"run folder: {run}", flush=True)
-    save_config(config, run / "config.yaml")
-    store = store or _synthetic_store(config, run / "flow")
-
-    optimizer = _optimizer(config, encoder, loss_function)
-    state = nn.ModuleDict({"encoder": encoder, "loss": loss_function})
-    first_step = load_checkpoint(run, state, optimizer) if resume else 0
-    metrics = Metrics(run, first_step)
-
-    # Example k is the same whatever the number of workers, so a restart goes on with the next one.
-    train, batch = config.train, config.train.batch_size
-    pairs = FlowPairs(
-        store,
-        train.steps * batch,
-        config.data.crop,
-        config.data.min_scale,
-        config.data.color_jitter,
-        config.seed,
-    )
-    loader = DataLoader(
-        Subset(pairs, range(first_step * batch, len(pairs))),
-        batch_size=batch,
-        num_workers=config.data.workers,
-        pin_memory=device.type == "cuda",
-        multiprocessing_context=_start_method() if config.data.workers else None,
-        generator=torch.Generator(),  # the global one must not be drawn from at every start
-    )
-    still = _to(default_collate([pairs[k] for k in range(min(8, batch))]), device)
-    amp_type = _amp_type(config, device)
-    print(
-        f"{len(store)} pairs, {train.steps} steps of {batch} crops of {config.data.crop} px, "
-        f"{config.model.backbone} on {device}, autocast {amp_type or 'off'}",
-        flush=True,
-    )
-
-    encoder.train()
-    skipped, bad_in_a_row = 0, 0
-    waited, logged_at, logged_step = 0.0, time.perf_counter(), first_step
-    batches = iter(loader)
-    progress = tqdm(range(first_step, train.steps), initial=first_step, total=train.steps)
-    for step in progress:
-        started = time.perf_counter()
-        pair = _to(next(batches), device)
-        waited += time.perf_counter() - started
-
-        rate = train.learning_rate * _schedule(step, train.steps, train.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        images = encoder.normalize(pair.image).contiguous(memory_format=torch.channels_last)
-        flow = normalize_flow(pair.flow, pair.weight, config.loss.flow_normalization)
-        # BatchNorm counts a batch in the forward pass; a skipped one must not stay in it.
-        buffers = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
-        with torch.autocast(device.type, amp_type, enabled=amp_type is not None):
-            embedding = encoder(images)
-        loss = loss_function(embedding, flow, pair.weight)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(state.parameters(), 1.0)
-        if torch.isfinite(norm) and torch.isfinite(loss):
-            optimizer.step()
-            bad_in_a_row = 0
-        else:  # skip the step; a run of them means that something is wrong
-            encoder.load_state_dict(buffers, strict=False)
-            skipped += 1
-            bad_in_a_row += 1
-            if bad_in_a_row == PATIENCE:
-                raise FloatingPointError(
-                    f"loss or gradient not finite {PATIENCE} times in a row up to step {step}; "
-                    f"in {run / 'config.yaml'} lower train.learning_rate or set train.amp to none, "
-                    f"then --resume {run}"
-                )
-
-        done = step + 1
-        if done % train.log_every == 0 or done == train.steps:
-            now = time.perf_counter()
-            values = {
-                "step": done,
-                "loss": loss.item(),
-                **_bounds(loss_function, flow, pair.weight),
-                "effective_rank": effective_rank(embedding),
-                "scale": float(torch.as_tensor(loss_function.scale).detach()),
-                "gradient_norm": norm.item(),
-                "learning_rate": rate,
-                "skipped_steps": skipped,
-                "images_per_second": (done - logged_step) * batch / (now - logged_at),
-                "data_wait": waited / (now - logged_at),
-            }
-            metrics.write(values)
-            floor = values.get("target_entropy", 0.0)
-            progress.set_postfix_str(f"loss {values['loss']:.3f} (floor {floor:.3f})")
-            logged_at, logged_step, waited = now, done, 0.0
-        if done % train.checkpoint_every == 0 or done == train.steps:
-            save_checkpoint(run, done, state, optimizer)
-            metrics.picture(done, embedding_sheet(encoder, still), run / "pictures")
-    metrics.close()
-
-    save_encoder(encoder, run / "encoder")
-    score(encoder, run)
+        check_same_run(config, resume)
+    with join_world(config.device) as world:
+        score = score_run(config, world.device)  # checks the labelled data now, probes at the end
+        run, judged = _train(config, resume, world)
+    if world.is_main:
+        save_encoder(judged, run / "encoder")
+        score(judged, run)
     return run
 
 
-def train_command(argv: list[str]) -> int:
-    """`ssl-flow train [CONFIG] [--key.subkey VALUE]... [--resume RUN]` = `python train.py ...`."""
-    import tyro
+def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Encoder]:
+    """The run folder and the trained encoder (the averaged one with `train.ema`)."""
+    # 1. What can be refused is refused now.
+    device, train, share = world.device, config.train, _share(config, world)
+    probe = online_probe(config)
+    store = None if config.data.store == "synthetic" else open_store(config.data.store)
+    loss_function = _loss(config).to(device)
+    encoder = _encoder(config, resume, device)
+    objective = Objective(encoder, loss_function, amp_type(config, device))
+    if train.checkpoint_activations:
+        checkpoint_activations(encoder, config.data.crop)
+    try_step(config, objective, share // train.accumulate, device)
 
-    argv = [word for given in argv for word in _split_resume(given)]
-    resume = None
-    if "--resume" in argv:
-        at = argv.index("--resume")
-        if at + 1 == len(argv) or not (Path(argv[at + 1]) / "config.yaml").is_file():
-            found = argv[at + 1] if at + 1 < len(argv) else "nothing"
-            return _refused(f"--resume needs a run folder with a config.yaml; got {found}")
-        resume = Path(argv[at + 1])
-        del argv[at : at + 2]
-        if argv:
-            return _refused(f"a resumed run keeps its own config.yaml; drop {' '.join(argv)}")
-    try:
-        name = argv.pop(0) if argv and not argv[0].startswith("-") else "quickstart"
-        config = tyro.cli(
-            Config,
-            args=argv,
-            default=load_config(name),
-            prog="ssl-flow train",
-            description=f"Pretrain an encoder; defaults below are those of {name!r}. Before the "
-            "options: a YAML file or a preset's name. --resume RUN goes on with a run.",
+    # 2. The run folder, the data.
+    run = world.from_main(lambda: resume or new_run_folder(config))
+    if world.is_main:
+        print(f"run folder: {run}", flush=True)
+        save_config(config, run / "config.yaml")
+    if store is None:
+        store = open_store(world.from_main(lambda: synthetic_store(config, run / "flow")))
+    examples = Examples(config, store)
+
+    # 3. The state of the run: all that a checkpoint holds.
+    optimizer = make_optimizer(config, objective)
+    scaler = torch.amp.GradScaler(device.type, enabled=objective.amp_type == torch.float16)
+    parts = {"encoder": encoder, "loss": loss_function, "optimizer": optimizer, "scaler": scaler}
+    judged = encoder
+    if train.ema:
+        judged = parts["average"] = copy.deepcopy(encoder).eval().requires_grad_(False)
+    progress = load_checkpoint(run, parts)
+
+    # 4. The same module, faster.
+    if world.size > 1 and train.sync_batchnorm:
+        convert_sync_batchnorm(encoder)  # the same parameters, in place
+    encoder.train()
+    if train.compile:
+        encoder.compile()
+    module: nn.Module = objective
+    if world.size > 1:
+        module = DistributedDataParallel(objective, [device] if device.type == "cuda" else None)
+
+    metrics = Metrics(run, progress.step) if world.is_main else None
+    still = default_collate([examples.pairs[k] for k in range(min(8, train.batch_size))])
+    still = Pair(*(tensor.to(device) for tensor in still))
+    if world.is_main:
+        print(
+            f"{len(store)} pairs, {train.steps} steps of {train.batch_size} crops of "
+            f"{config.data.crop} px, {config.model.backbone} on {world.size} x {device}, "
+            f"autocast {objective.amp_type or 'off'}",
+            flush=True,
         )
-        run = pretrain(config, resume)
-    except (ValueError, OSError, FloatingPointError, WeightsError) as error:
-        return _refused(str(error))
-    print(f"encoder: {run / 'encoder'}    report: {run / 'report.html'}")
-    return 0
+
+    batches = iter(make_loader(config, examples, world, progress.step))
+    waited, logged_at, logged_step = 0.0, time.perf_counter(), progress.step
+    bar = tqdm(
+        range(progress.step, train.steps),
+        initial=progress.step,
+        total=train.steps,
+        disable=not world.is_main,
+    )
+    with StopSignals() as stop, explain_out_of_memory(config):
+        for step in bar:
+            # Dropout and the like depend on (seed, step, process): nothing to save or to disturb.
+            torch.manual_seed((config.seed * 1_000_003 + step) * 65536 + world.rank)
+            started = time.perf_counter()
+            pair = next(batches)
+            waited += time.perf_counter() - started
+            batch = make_batch(pair, encoder, config, device)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step)
+            result = take_step(module, batch, optimizer, scaler, train.accumulate, world)
+
+            done = progress.step = step + 1
+            last = done == train.steps
+            if result.taken:
+                progress.bad_in_a_row = 0
+                if train.ema:
+                    update_average(judged, encoder, train.ema, step)
+            else:
+                progress.skipped += 1
+                # float16 overflows now and then until its scale has come down: that is no error.
+                overflow = scaler.is_enabled() and math.isfinite(result.loss)
+                progress.bad_in_a_row += not (overflow and scaler.get_scale() >= 1)
+                if progress.bad_in_a_row == PATIENCE:
+                    saved = save_bad_batch(run, world.rank, batch._asdict(), step=step)
+                    raise FloatingPointError(
+                        f"loss or gradient not finite {PATIENCE} times in a row up to step {step}; "
+                        f"the batch is in {saved}; in {run / 'config.yaml'} lower "
+                        f"train.learning_rate or set train.amp to none, then --resume {run}"
+                    )
+
+            if done % train.log_every == 0 or last:
+                now = time.perf_counter()
+                values = {
+                    "step": done,
+                    "loss": result.loss,
+                    **_measure(loss_function, batch, result.embedding, world),
+                    "scale": float(torch.as_tensor(loss_function.scale).detach()),
+                    "gradient_norm": result.gradient_norm,
+                    "learning_rate": learning_rate(config, step),
+                    "skipped_steps": progress.skipped,
+                    "crop": pair.image.shape[1],
+                    "images_per_second": (done - logged_step)
+                    * train.batch_size
+                    / (now - logged_at),
+                    "data_wait": waited / (now - logged_at),
+                }
+                values["kl"] = values["loss"] - values.get("target_entropy", 0.0)
+                logged_at, logged_step, waited = now, done, 0.0
+                if metrics:
+                    metrics.write(values)
+                bar.set_postfix_str(
+                    f"loss {values['loss']:.3f} (floor {values.get('target_entropy', 0.0):.3f}, "
+                    f"constant {values['constant_loss']:.3f}, random {values['random_loss']:.3f})"
+                )
+                if result.taken and done > train.warmup * train.steps:
+                    times = progress.collapsed_in_a_row
+                    progress.collapsed_in_a_row = check_collapse(values, times, run)
+                if probe is None and math.isfinite(values["kl"]):
+                    progress.window.append(-values["kl"])
+
+            probes = probe is not None and (done % config.evaluation.every == 0 or last)
+            if probes and probe and metrics:
+                scores = probe(judged)
+                metrics.write({"step": done, **scores})
+                progress.window = [scores["probe_miou"]]
+            number = world.largest(stop.number)
+            if metrics and (done % train.checkpoint_every == 0 or probes or last or number):
+                save_checkpoint(run, progress, parts, judge=not number)
+                metrics.picture(done, embedding_sheet(judged, still), run / "pictures")
+            if number and not last:
+                raise Interrupted(number, run, done, train.steps)
+    if metrics:
+        metrics.close()
+    return run, judged
 
 
-def _split_resume(word: str) -> list[str]:
-    return word.split("=", 1) if word.startswith("--resume=") else [word]
+@torch.no_grad()
+def _measure(
+    loss_function: CrossPixelFlowLoss, batch: Batch, embedding: Tensor, world: World
+) -> dict[str, float]:
+    """What to read the loss against, and whether the embedding lives; means over the processes.
+
+    A constant embedding and one random one above, the target's entropy below.
+    """
+    _, flow, weight = batch
+    embedding = embedding.nan_to_num()  # eigenvalues of NaN raise; the loss tells of it
+    noise = torch.Generator().manual_seed(0)
+    random = torch.randn(1, *embedding.shape[1:], generator=noise).to(flow).expand_as(embedding)
+    values = {
+        "constant_loss": loss_function.constant_loss(flow, weight).mean(),
+        "random_loss": loss_function(random, flow, weight),
+        "effective_rank": effective_rank(embedding),
+        "embedding_std": embedding_std(embedding),
+    }
+    if loss_function.objective == "cross_entropy":
+        entropy = loss_function.target_entropy(flow, weight)
+        values["target_entropy"] = entropy.mean()
+        values["effective_neighbours"] = entropy.exp().mean()
+    means = world.mean(torch.tensor([float(v) for v in values.values()], dtype=torch.float64))
+    return dict(zip(values, means.tolist(), strict=True))
 
 
-def _refused(reason: str) -> int:
-    print(f"train: {reason}", file=sys.stderr)
-    return 2
-
-
-def _start_method() -> str:
-    """Not fork, which may hang beside running threads; Windows has spawn alone."""
-    methods = multiprocessing.get_all_start_methods()
-    return "forkserver" if "forkserver" in methods else "spawn"
-
-
-def _try_step(config: Config, encoder: Encoder, device: torch.device) -> None:
-    """Refuse a backbone that cannot take these crops now, not after the flow has been computed."""
-    side, state = config.data.crop, copy.deepcopy(encoder.state_dict())
-    try:
-        encoder.train()(torch.rand(config.train.batch_size, 3, side, side, device=device))
-    except Exception as error:
+def _share(config: Config, world: World) -> int:
+    """Images a step in each process."""
+    parts = world.size * config.train.accumulate
+    if config.train.batch_size % parts:
         raise ValueError(
-            f"{config.model.backbone} cannot take {config.train.batch_size} crops of {side} px: "
-            f"{error}"
-        ) from error
-    encoder.load_state_dict(state)  # BatchNorm has seen noise
+            f"train.batch_size is {config.train.batch_size}; expected a multiple of {parts} "
+            f"({world.size} processes, train.accumulate {config.train.accumulate})"
+        )
+    if config.train.sync_batchnorm and world.size > 1 and world.device.type == "cpu":
+        raise ValueError("train.sync_batchnorm works on GPUs only; set it to false")
+    return config.train.batch_size // world.size
 
 
-def _amp_type(config: Config, device: torch.device) -> torch.dtype | None:
-    if config.train.amp == "bfloat16":
-        return torch.bfloat16
-    if config.train.amp == "none":
-        return None
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
-    # Emulated bfloat16 is slower than float32 on a CPU; only native instructions pay.
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return torch.bfloat16 if native else None
+def _encoder(config: Config, resume: Path | None, device: torch.device) -> Encoder:
+    torch.manual_seed(config.seed)
+    model = config.model
+    encoder = create_encoder(model.backbone, model.embedding_dim, model.hidden_dim)
+    if model.init_from and not (resume and has_checkpoint(resume)):
+        print(initialize(encoder, model.init_from), flush=True)
+    encoder.to(memory_format=torch.channels_last)
+    return encoder.to(device=device)
 
 
 def _loss(config: Config) -> CrossPixelFlowLoss:
     options = {k: v for k, v in vars(config.loss).items() if k != "flow_normalization"}
     return CrossPixelFlowLoss(**options)
-
-
-def _optimizer(config: Config, *modules: nn.Module) -> torch.optim.Optimizer:
-    # Decay pulls kernels and matrices towards zero; biases, norms and the scale are left alone.
-    parameters = [p for module in modules for p in module.parameters()]
-    groups = [
-        {
-            "params": [p for p in parameters if p.ndim >= 2],
-            "weight_decay": config.train.weight_decay,
-        },
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.train.learning_rate)
-
-
-def _schedule(step: int, steps: int, warmup: float) -> float:
-    """Linear warm-up, then half a cosine to zero."""
-    rising = warmup * steps
-    if step < rising:
-        return min(1.0, (step + 1) / rising)
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1.0, steps - rising)))
-
-
-@torch.no_grad()
-def _bounds(
-    loss_function: CrossPixelFlowLoss, flow: torch.Tensor, weight: torch.Tensor
-) -> dict[str, float]:
-    """What to read the loss against: a constant embedding above, the target's entropy below."""
-    values = {"constant_loss": loss_function.constant_loss(flow, weight).mean().item()}
-    if loss_function.objective == "cross_entropy":
-        entropy = loss_function.target_entropy(flow, weight)
-        values["target_entropy"] = entropy.mean().item()
-        values["effective_neighbours"] = entropy.exp().mean().item()
-    return values
-
-
-def _open_store(path: str) -> FlowStore:
-    store = FlowStore(path)
-    if len(store) == 0:
-        raise ValueError(f"the flow store {path} holds no pairs")
-    return store
-
-
-def _synthetic_store(config: Config, path: Path) -> FlowStore:
-    from ssl_flow.data.synthetic import synthetic_sources
-
-    print("synthetic videos: computing optical flow from their frames", flush=True)
-    sources = synthetic_sources(config.data.videos, config.seed)
-    extract(sources, path, method="farneback", size=128, gap=0.1, workers=2, progress=True)
-    return _open_store(str(path))
-
-
-def _new_run_folder(config: Config) -> Path:
-    base = Path(config.out) / time.strftime("%Y%m%d-%H%M%S")
-    for attempt in range(1000):
-        run = base if attempt == 0 else base.with_name(f"{base.name}-{attempt}")
-        try:
-            run.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return run
-    raise FileExistsError(f"cannot make a new run folder beside {base}")
-
-
-def _to(pair: Pair, device: torch.device) -> Pair:
-    return Pair(*(tensor.to(device, non_blocking=True) for tensor in pair))

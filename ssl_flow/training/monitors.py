@@ -27,7 +27,9 @@ class Metrics:
         if self._path.exists():
             lines = self._path.read_text().splitlines()
             kept = [line for line in lines if _step_of(line) <= first_step]
-            self._path.write_text("".join(line + "\n" for line in kept))
+            temporary = self._path.with_name(".metrics.jsonl.tmp")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            temporary.replace(self._path)
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, values: dict[str, float]) -> None:

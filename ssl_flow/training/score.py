@@ -4,20 +4,49 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 import torch
 
 from ssl_flow.config import Config
-from ssl_flow.data.segmentation import open_segmentation
+from ssl_flow.data.segmentation import SegmentationSet, open_segmentation
 from ssl_flow.evaluation import LinearProbe, run_linear_probe
 from ssl_flow.evaluation.pictures import prediction_strips
 from ssl_flow.evaluation.probe_command import estimate_on, summarize
 from ssl_flow.evaluation.report import write_report
 from ssl_flow.models import Encoder, load_encoder
+
+_ONLINE = LinearProbe(pixels_per_image=256, batch_pixels=2048, steps=100)
+
+
+def online_probe(config: Config) -> Callable[[Encoder], dict[str, float]] | None:
+    """A short linear probe on a part of the labelled images, to follow a run with.
+
+    It leaves the encoder, BatchNorm and the global random state as they are. None when it is off
+    (`evaluation.every`, `evaluation.data`).
+    """
+    spec = config.evaluation.data
+    if not config.evaluation.every or spec == "none":
+        return None
+    train = _spread(open_segmentation(spec, "train"), 64)
+    test = _spread(open_segmentation(spec, "test"), 32)
+
+    def probe(encoder: Encoder) -> dict[str, float]:
+        result = run_linear_probe(encoder, train, test, _ONLINE, examples=0, progress=False)
+        return {"probe_miou": result.miou, "probe_pixel_accuracy": result.pixel_accuracy}
+
+    return probe
+
+
+def _spread(full: SegmentationSet, count: int) -> SegmentationSet:
+    """At most `count` images of a set, evenly spread."""
+    chosen = np.linspace(0, len(full) - 1, min(count, len(full))).astype(int).tolist()
+    names = [full.names[i] for i in chosen]
+    return replace(full, names=names, load=lambda index: full.load(chosen[index]))
 
 
 def score_run(config: Config, device: torch.device) -> Callable[[Encoder, Path], None]:

@@ -1,0 +1,128 @@
+"""A store -> the batches of a run: which examples, at which size, for which process."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ssl_flow.config import Config
+from ssl_flow.data.pairs import FlowPairs, Pair, normalize_flow
+from ssl_flow.flow import FlowStore, extract
+from ssl_flow.models import Encoder
+from ssl_flow.training.distributed import World
+from ssl_flow.training.safety import ignore_stop_signals
+from ssl_flow.training.step import Batch
+
+
+class Examples(Dataset[Pair]):
+    """`FlowPairs` whose crops grow as `crop_side` says; example k is a function of k and config."""
+
+    def __init__(self, config: Config, store: FlowStore) -> None:
+        """`config` for data.*, seed, and the number of steps and examples a step."""
+        data, train = config.data, config.train
+        self.config = config
+        self.pairs = FlowPairs(
+            store,
+            train.steps * train.batch_size,
+            data.crop,
+            data.min_scale,
+            data.color_jitter,
+            config.seed,
+        )
+
+    def __len__(self) -> int:
+        """Examples in the whole run."""
+        return len(self.pairs)
+
+    def __getitem__(self, k: int) -> Pair:
+        """Example k of the run, of step k // batch_size."""
+        pairs = copy.copy(self.pairs)  # shares the store
+        pairs.side = crop_side(self.config, k // self.config.train.batch_size)
+        return pairs[k]
+
+
+class Share(Sampler[list[int]]):
+    """The examples that one process takes of every global batch, from `first_step` on."""
+
+    def __init__(self, config: Config, world: World, first_step: int) -> None:
+        """The batch size must be a multiple of the number of processes."""
+        self.steps = range(first_step, config.train.steps)
+        self.batch, self.world = config.train.batch_size, world
+
+    def __len__(self) -> int:
+        """Steps that are left."""
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """The numbers of a step's examples."""
+        share = self.batch // self.world.size
+        for step in self.steps:
+            start = step * self.batch + self.world.rank * share
+            yield list(range(start, start + share))
+
+
+def make_loader(
+    config: Config, examples: Examples, world: World, first_step: int
+) -> DataLoader[Pair]:
+    """Batches of this process, the same whatever the number of workers or restarts."""
+    workers = config.data.workers
+    return DataLoader(
+        examples,
+        batch_sampler=Share(config, world, first_step),
+        num_workers=workers,
+        pin_memory=world.device.type == "cuda",
+        multiprocessing_context=_start_method() if workers else None,
+        worker_init_fn=ignore_stop_signals if workers else None,
+        generator=torch.Generator(),  # the global one must not be drawn from at every start
+    )
+
+
+def make_batch(pair: Pair, encoder: Encoder, config: Config, device: torch.device) -> Batch:
+    """What the loader gives -> what the step takes, on the device."""
+    image, flow, weight = (tensor.to(device, non_blocking=True) for tensor in pair)
+    return Batch(
+        encoder.normalize(image).contiguous(memory_format=torch.channels_last),
+        normalize_flow(flow, weight, config.loss.flow_normalization),
+        weight,
+    )
+
+
+def crop_side(config: Config, step: int) -> int:
+    """Side of the crops of step 0, 1, ... in pixels: a multiple of 32 that grows to `data.crop`.
+
+    Progressive resizing (Howard 2018; Tan & Le, EfficientNetV2, arXiv 2104.00298, section 4):
+    equally long stages, the last one is the final third of the run.
+    """
+    start, last = config.data.start_crop or config.data.crop, config.data.crop
+    stages = (last - start) // 32  # below the full side
+    done = step / (2 / 3 * config.train.steps)
+    return min(last, start + 32 * int(done * stages))
+
+
+def open_store(path: str) -> FlowStore:
+    """Open a store; ValueError when it holds no pairs."""
+    store = FlowStore(path)
+    if len(store) == 0:
+        raise ValueError(f"the flow store {path} holds no pairs")
+    return store
+
+
+def synthetic_store(config: Config, path: Path) -> str:
+    """Make synthetic videos and their flow; the path of the store."""
+    from ssl_flow.data.synthetic import synthetic_sources
+
+    print("synthetic videos: computing optical flow from their frames", flush=True)
+    sources = synthetic_sources(config.data.videos, config.seed)
+    extract(sources, path, method="farneback", size=128, gap=0.1, workers=2, progress=True)
+    return str(path)
+
+
+def _start_method() -> str:
+    """Not fork, which may hang beside running threads; Windows has spawn alone."""
+    methods = multiprocessing.get_all_start_methods()
+    return "forkserver" if "forkserver" in methods else "spawn"

@@ -1,0 +1,145 @@
+"""Before the first step: start weights, activation checkpointing, one step tried and undone."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ssl_flow.config import Config
+from ssl_flow.models import Encoder, load_encoder
+from ssl_flow.training.checkpoint import read_checkpoint
+from ssl_flow.training.safety import MemoryAdvice, explain_out_of_memory
+from ssl_flow.training.step import Objective
+
+
+def initialize(encoder: Encoder, spec: str) -> str:
+    """Copy start weights into an encoder, in place.
+
+    Args:
+        encoder: to be trained.
+        spec: a run or encoder folder, `timm:NAME`, a `.safetensors` file, or a checkpoint (`.pt`)
+            of a run. A lone file may hold a backbone alone (timm's names) or an encoder.
+
+    Returns:
+        A report: how many keys were taken, which stay random, which have no place here.
+
+    Raises:
+        FileNotFoundError, WeightsError: nothing there.
+        ValueError: a shape differs, or no key fits.
+    """
+    given, wanted = _weights(spec), encoder.state_dict()
+    taken = {name: given[name] for name in wanted if name in given}
+    wrong = [
+        f"{name} is {tuple(value.shape)}, here {tuple(wanted[name].shape)}"
+        for name, value in taken.items()
+        if value.shape != wanted[name].shape
+    ]
+    if wrong or not taken:
+        reason = "; ".join(wrong[:3]) + (f"; {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        raise ValueError(
+            f"{spec} does not fit {encoder.architecture} ({reason or 'no key is known here'}): set "
+            "model.backbone, model.embedding_dim and model.hidden_dim to its own, or leave "
+            "--init-from out"
+        )
+    encoder.load_state_dict(taken, strict=False)
+    lines = [f"start weights from {spec}: {len(taken)} of {len(wanted)} keys"]
+    for title, names in [
+        ("left at random", [name for name in wanted if name not in given]),
+        ("not used", [name for name in given if name not in wanted]),
+    ]:
+        if names:
+            more = f", ... ({len(names)})" if len(names) > 4 else ""
+            lines.append(f"  {title}: {', '.join(names[:4])}{more}")
+    return "\n".join(lines)
+
+
+def _weights(spec: str) -> dict[str, Tensor]:
+    path = Path(spec)
+    if path.suffix in (".pt", ".safetensors") and not path.is_file():
+        raise FileNotFoundError(f"--init-from: no file {spec}")
+    if path.suffix == ".pt":
+        content = read_checkpoint(path)
+        weights: dict[str, Tensor] = content.get("average") or content["encoder"]
+        return weights
+    if path.suffix == ".safetensors":
+        weights = load_file(path)
+        if not any(name.startswith("backbone.") for name in weights):
+            weights = {f"backbone.{name}": value for name, value in weights.items()}
+        return weights
+    return load_encoder(spec).state_dict()
+
+
+def checkpoint_activations(encoder: Encoder, side: int) -> None:
+    """Switch timm's activation checkpointing on, and see that it keeps less of a side x side image.
+
+    Raises:
+        ValueError: the backbone has none.
+    """
+    before = _kept_bytes(encoder, side)
+    refusal = f"{encoder.architecture} cannot compute activations again; set"
+    try:
+        encoder.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AssertionError, AttributeError, TypeError) as error:
+        raise ValueError(f"{refusal} train.checkpoint_activations to false") from error
+    after = _kept_bytes(encoder, side)
+    if after >= before:
+        raise ValueError(f"{refusal} train.checkpoint_activations to false (no memory saved)")
+
+
+def _kept_bytes(encoder: Encoder, side: int) -> int:
+    kept = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += tensor.nbytes
+        return tensor
+
+    encoder.eval()  # BatchNorm sees none of this
+    images = torch.zeros(1, 3, side, side, device=next(encoder.parameters()).device)
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        encoder(images)
+    return kept
+
+
+def try_step(config: Config, objective: Objective, images: int, device: torch.device) -> None:
+    """One forward and backward pass on noise, undone: what cannot work is refused before the work.
+
+    Parameters that the features do not need (a classifier's norm) are frozen, since
+    DistributedDataParallel would wait for their gradients.
+
+    Args:
+        config: for sides and messages.
+        objective: to be trained; in training mode afterwards.
+        images: how many a pass will have.
+        device: where.
+
+    Raises:
+        ValueError: the backbone does not take such crops, or its embedding is not on stride 4.
+        MemoryAdvice: no memory for it.
+    """
+    state = copy.deepcopy(objective.state_dict())
+    objective.train()
+    for side in {config.data.start_crop or config.data.crop, config.data.crop}:
+        grid = side // 4
+        try:
+            with explain_out_of_memory(config):
+                loss, _ = objective(
+                    torch.rand(images, 3, side, side, device=device),
+                    torch.randn(images, 2, grid, grid, device=device),
+                    torch.ones(images, grid, grid, device=device),
+                )
+                loss.backward()
+        except MemoryAdvice:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"{config.model.backbone} cannot take {images} crops of {side} px: {error}"
+            ) from error
+    for parameter in objective.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
+    objective.load_state_dict(state)  # BatchNorm has seen noise

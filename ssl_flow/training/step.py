@@ -1,0 +1,147 @@
+"""One optimiser step, and what is computed with it: mixed precision, parts of a batch, averages."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ssl_flow.config import Config
+from ssl_flow.losses import CrossPixelFlowLoss
+from ssl_flow.models import Encoder
+from ssl_flow.training.distributed import World
+
+
+class Batch(NamedTuple):
+    """What a step learns from, as the encoder and the loss take it."""
+
+    images: Tensor
+    """(B, 3, H, W) normalised, channels last."""
+    flow: Tensor
+    """(B, 2, H/4, W/4), normalised as `loss.flow_normalization` says."""
+    weight: Tensor
+    """(B, H/4, W/4), 0 = ignore."""
+
+
+class Step(NamedTuple):
+    """What came out of a step."""
+
+    loss: float
+    """Mean over the global batch."""
+    gradient_norm: float
+    """Before clipping."""
+    taken: bool
+    """False: something was not finite, nothing has changed."""
+    embedding: Tensor
+    """(B, D, H/4, W/4) of this process's images, detached."""
+
+
+class Objective(nn.Module):
+    """Images and flow -> loss and embedding: the module that is distributed and differentiated."""
+
+    def __init__(
+        self, encoder: Encoder, loss: CrossPixelFlowLoss, amp_type: torch.dtype | None
+    ) -> None:
+        """`amp_type`: of the encoder's autocast, None = off; the loss takes care of itself."""
+        super().__init__()
+        self.encoder, self.loss, self.amp_type = encoder, loss, amp_type
+
+    def forward(self, images: Tensor, flow: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Shapes as in `Batch`; a scalar and (B, D, H/4, W/4)."""
+        on = self.amp_type is not None
+        with torch.autocast(images.device.type, self.amp_type, enabled=on):
+            embedding = self.encoder(images)
+        return self.loss(embedding, flow, weight), embedding
+
+
+def take_step(
+    objective: nn.Module,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    accumulate: int,
+    world: World,
+) -> Step:
+    """Forward, backward and update; or nothing at all where a number is not finite.
+
+    Args:
+        objective: an `Objective`, or that in DistributedDataParallel.
+        batch: this process's share of the global batch.
+        optimizer: of the objective's parameters.
+        scaler: for float16, else disabled.
+        accumulate: parts in which the batch is computed. The loss is a mean over images, so the
+            gradient is that of the whole batch (but for BatchNorm, which sees the parts).
+        world: the processes, over which loss and gradient are averaged.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    # BatchNorm counts a batch in the forward pass; a skipped one must not stay in it.
+    buffers = {name: buffer.clone() for name, buffer in objective.named_buffers()}
+    losses, embeddings = [], []
+    parts = zip(*(tensor.chunk(accumulate) for tensor in batch), strict=True)
+    for number, part in enumerate(parts, start=1):
+        # Processes exchange gradients once a step, after the last part.
+        waits: Any = objective.no_sync if hasattr(objective, "no_sync") else nullcontext
+        with waits() if number < accumulate else nullcontext():
+            loss, embedding = objective(*part)
+            scaler.scale(loss / accumulate).backward()
+        losses.append(loss.detach())
+        embeddings.append(embedding.detach())
+    scaler.unscale_(optimizer)
+    clipped = nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
+    mean = world.mean(torch.stack(losses).mean())
+    value, norm = torch.stack([mean, clipped]).tolist()  # the step's one wait for the device
+    taken = math.isfinite(value) and math.isfinite(norm)
+    if taken:
+        scaler.step(optimizer)
+    else:
+        objective.load_state_dict(buffers, strict=False)
+    scaler.update()
+    return Step(value, norm, taken, torch.cat(embeddings))
+
+
+def amp_type(config: Config, device: torch.device) -> torch.dtype | None:
+    """The autocast type that `train.amp` means on this device, None = off."""
+    named = {"bfloat16": torch.bfloat16, "float16": torch.float16, "none": None}
+    if config.train.amp != "auto":
+        return named[config.train.amp]
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    # Emulated bfloat16 is slower than float32 on a CPU; only native instructions pay.
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.bfloat16 if native else None
+
+
+def make_optimizer(config: Config, module: nn.Module) -> torch.optim.Optimizer:
+    """AdamW. Decay pulls kernels and matrices towards zero; biases, norms and scales are left."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    decay = config.train.weight_decay
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.train.learning_rate)
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Of step 0, 1, ...: linear warm-up, then half a cosine to zero."""
+    steps, rising = config.train.steps, config.train.warmup * config.train.steps
+    if step < rising:
+        return config.train.learning_rate * min(1.0, (step + 1) / rising)
+    share = (step - rising) / max(1.0, steps - rising)
+    return config.train.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, module: nn.Module, decay: float, step: int) -> None:
+    """average <- decay average + (1 - decay) module, buffers too, after step 0, 1, ...
+
+    The decay is at most (1 + step) / (10 + step), so that the start is soon forgotten.
+    """
+    share = 1 - min(decay, (1 + step) / (10 + step))
+    new = module.state_dict()
+    for name, mean in average.state_dict().items():
+        mean.lerp_(new[name], share) if mean.is_floating_point() else mean.copy_(new[name])

@@ -1,0 +1,24 @@
+"""A run of seconds, for the tests of training."""
+
+import json
+from pathlib import Path
+
+from ssl_flow.config import Config, DataConfig, EvaluationConfig, ModelConfig, TrainConfig
+
+
+def tiny(store, out, **train):
+    """Six steps of a small ResNet; `train` overrides its group."""
+    options = {"steps": 6, "batch_size": 4, "log_every": 2, "checkpoint_every": 2, **train}
+    return Config(
+        data=DataConfig(store=str(store), crop=64, workers=0),
+        model=ModelConfig(backbone="test_resnet", hidden_dim=32),
+        train=TrainConfig(**options),
+        evaluation=EvaluationConfig(data="none"),
+        device="cpu",
+        out=str(out),
+    )
+
+
+def lines(run: Path):
+    """The rows of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
