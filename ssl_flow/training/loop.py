@@ -19,11 +19,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Subset, default_collate
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from ssl_flow.config import Config, load_config, save_config
-from ssl_flow.data.pairs import FlowPairs, Pair, normalize_flow
+from ssl_flow.data.augment import augment, normalize_flow
+from ssl_flow.data.pairs import FlowPairs, collate
 from ssl_flow.flow import FlowStore, extract
 from ssl_flow.losses import CrossPixelFlowLoss
 from ssl_flow.models import Encoder, WeightsError, create_encoder, pick_device, save_encoder
@@ -76,7 +77,6 @@ def pretrain(config: Config, resume: Path | None = None) -> Path:
     pairs = FlowPairs(
         store,
         train.steps * batch,
-        config.data.crop,
         config.data.min_scale,
         config.data.color_jitter,
         config.seed,
@@ -84,12 +84,13 @@ def pretrain(config: Config, resume: Path | None = None) -> Path:
     loader = DataLoader(
         Subset(pairs, range(first_step * batch, len(pairs))),
         batch_size=batch,
+        collate_fn=collate,
         num_workers=config.data.workers,
         pin_memory=device.type == "cuda",
         multiprocessing_context=_start_method() if config.data.workers else None,
         generator=torch.Generator(),  # the global one must not be drawn from at every start
     )
-    still = _to(default_collate([pairs[k] for k in range(min(8, batch))]), device)
+    still = augment(collate([pairs[k] for k in range(min(8, batch))]).to(device), config.data.crop)
     amp_type = _amp_type(config, device)
     print(
         f"{len(store)} pairs, {train.steps} steps of {batch} crops of {config.data.crop} px, "
@@ -104,8 +105,9 @@ def pretrain(config: Config, resume: Path | None = None) -> Path:
     progress = tqdm(range(first_step, train.steps), initial=first_step, total=train.steps)
     for step in progress:
         started = time.perf_counter()
-        pair = _to(next(batches), device)
+        windows = next(batches)
         waited += time.perf_counter() - started
+        pair = augment(windows.to(device), config.data.crop)
 
         rate = train.learning_rate * _schedule(step, train.steps, train.warmup)
         for group in optimizer.param_groups:
@@ -300,7 +302,3 @@ def _new_run_folder(config: Config) -> Path:
             continue
         return run
     raise FileExistsError(f"cannot make a new run folder beside {base}")
-
-
-def _to(pair: Pair, device: torch.device) -> Pair:
-    return Pair(*(tensor.to(device, non_blocking=True) for tensor in pair))
