@@ -76,10 +76,8 @@ def augment(windows: Windows, side: int, stride: int = 4) -> Pair:
 
 def _planes(images: Tensor) -> Tensor:
     """(B, H, W, C) of any type -> (B, C, H, W) float32."""
-    planes = images.new_empty(
-        (len(images), images.shape[3], *images.shape[1:3]), dtype=torch.float32
-    )
-    return planes.copy_(images.permute(0, 3, 1, 2))
+    planes = images.permute(0, 3, 1, 2)
+    return planes.to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def resize(images: Tensor, size: Tensor, flip: Tensor, side: int) -> Tensor:

@@ -113,9 +113,8 @@ class FlowPairs(Dataset[Window]):
         """The `k`-th example of the run."""
         sample = self.store[self._index(k)]
         rng = np.random.default_rng((self.seed, 2, k))
-        top, left, height, width, flip = sample_geometry(
-            rng, *sample.frame.shape[:2], self.min_scale
-        )
+        size = sample.valid.shape
+        top, left, height, width, flip = sample_geometry(rng, size[0], size[1], self.min_scale)
         window = np.s_[top : top + height, left : left + width]
         flow = torch.from_numpy(sample.flow[window]).half()
         flow[~torch.from_numpy(sample.valid[window])] = torch.nan

@@ -1,5 +1,8 @@
 """The order of examples, and the random windows and colours, depend on the seed alone."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -23,7 +26,6 @@ def test_sampled_colours_keep_grey_grey_and_can_be_off():
     grey = np.array([128, 128, 128, 90])  # a colour, and the mean of its frame
     drawn = np.array([sample_color(np.random.default_rng(i), 0.4) for i in range(200)])
     np.testing.assert_allclose(np.ptp(drawn @ grey, axis=1), 0, atol=1e-9)
-    assert 0.5 < ((drawn @ grey)[:, 0] / 128).std() * 4 < 2  # brightness and contrast
     # Without saturation all rows are equal; strength 0.4 makes a fifth of them so.
     dull = np.ptp(drawn[:, :, :3], axis=1).max(1) < 1e-9
     assert 0.1 < dull.mean() < 0.3
@@ -95,3 +97,8 @@ def test_an_empty_store_is_refused():
 
     with pytest.raises(ValueError, match="no pairs"):
         FlowPairs(EmptyStore(), length=1)
+
+
+def test_training_data_needs_no_video_decoder():
+    check = "import sys, ssl_flow.data.pairs, ssl_flow.flow.store; sys.exit('av' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check]).returncode == 0
