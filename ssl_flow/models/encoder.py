@@ -109,7 +109,8 @@ class Encoder(nn.Module):
         constants = 255 * torch.tensor([self.normalization.mean, self.normalization.std])
         # Without non_blocking the host would wait for all that a GPU still has to do.
         mean, std = constants.view(2, 1, -1, 1, 1).to(images.device, non_blocking=True)
-        return (images.permute(0, 3, 1, 2).float() - mean) / std
+        normalized: Tensor = (images.permute(0, 3, 1, 2).float() - mean) / std
+        return normalized
 
 
 def pick_device(name: str) -> torch.device:
