@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument(
         "--processor-time",
         action="store_true",
-        help="count this process's time alone: for busy machines, with --threads 1",
+        help="of this process, for busy machines, with --threads 1; does not see waits for data",
     )
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--rounds", type=int, default=7)
