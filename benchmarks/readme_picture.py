@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
-from ssl_flow.data.pairs import Pair
+from ssl_flow.data.augment import Pair
 from ssl_flow.data.segmentation import open_segmentation
 from ssl_flow.flow import optical_flow
 from ssl_flow.models import load_encoder

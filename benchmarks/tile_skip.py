@@ -13,7 +13,8 @@ import argparse
 import torch
 from torch import Tensor
 
-from ssl_flow.data.pairs import FlowPairs, normalize_flow
+from ssl_flow.data.augment import augment, normalize_flow
+from ssl_flow.data.pairs import FlowPairs, collate
 from ssl_flow.flow import FlowStore
 
 FLOOR = 1e-6  # a kernel value over its temperature that float32 can't tell from 0 beside 1
@@ -44,11 +45,11 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=60)
     parser.add_argument("--side", type=int, default=64, help="of a tile, pixels")
     arguments = parser.parse_args()
-    pairs = FlowPairs(FlowStore(arguments.store), arguments.pairs, side=224)
+    pairs = FlowPairs(FlowStore(arguments.store), arguments.pairs)
     flows = []
     for i in range(arguments.pairs):
-        _, flow, weight = pairs[i]
-        flows.append(normalize_flow(flow[None], weight[None])[0].flatten(1).T)
+        _, flow, weight = augment(collate([pairs[i]]), side=224)
+        flows.append(normalize_flow(flow, weight)[0].flatten(1).T)
     print("| sigma | picture order | Morton order |\n|---|---|---|")
     for sigma in (0.5, 0.25, 0.06):
         shares = [

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ssl_flow.config import Config, load_config, preset_files, save_config
-from ssl_flow.data.pairs import normalize_flow
+from ssl_flow.data.augment import normalize_flow
 from ssl_flow.models import create_encoder
 from ssl_flow.training import loop
 

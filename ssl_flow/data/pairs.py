@@ -1,116 +1,70 @@
-"""Training pairs: a stored (frame, flow) -> an augmented crop and its flow on the embedding grid.
+"""Training examples in a reproducible order: a stored (frame, flow) -> a window of random geometry.
 
-The frame and its flow share one geometry. A flow field is not an image: resizing scales its
-vectors, a horizontal flip negates u.
+Here, in the loader's processes, pairs are decoded and windows cut out; what follows is done for the
+whole batch on the device, in `ssl_flow.data.augment`.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ssl_flow.data.augment import Windows
 from ssl_flow.flow import FlowStore
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """A crop of the source (pixels), the square side it is resized to, and a horizontal flip."""
+class Geometry(NamedTuple):
+    """A window of the source, in pixels, and a horizontal flip."""
 
     top: int
     left: int
     height: int
     width: int
-    side: int
     flip: bool
 
 
-class Pair(NamedTuple):
-    """One training example, all on the crop's own pixel scale."""
+class Window(NamedTuple):
+    """One example, not yet resized: see `Windows`."""
 
-    image: Tensor
-    """(side, side, 3) uint8 RGB."""
+    frame: Tensor
+    """(h, w, 3) uint8 RGB."""
     flow: Tensor
-    """(2, side/4, side/4) float32, in pixels of the crop (not of the grid), x right, y down."""
-    weight: Tensor
-    """(side/4, side/4) float32 in 0..1; 0 = flow unknown there, leave the pixel out."""
+    """(h, w, 2) float16, pixels, x right, y down; NaN = not to be trusted."""
+    flip: bool
+    color: np.ndarray
+    """(3, 4), see `sample_color`."""
 
 
 def sample_geometry(
-    rng: np.random.Generator, height: int, width: int, side: int, min_scale: float
+    rng: np.random.Generator, height: int, width: int, min_scale: float
 ) -> Geometry:
-    """Draw a crop of `min_scale`..1 of the largest square's area, aspect ratio 3/4..4/3."""
+    """Draw a window of `min_scale`..1 of the largest square's area, aspect ratio 3/4..4/3."""
     area = rng.uniform(min_scale, 1.0) * min(height, width) ** 2
     aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-    crop_width = min(width, max(8, round(float(np.sqrt(area * aspect)))))
-    crop_height = min(height, max(8, round(float(np.sqrt(area / aspect)))))
+    window_width = min(width, max(8, round(float(np.sqrt(area * aspect)))))
+    window_height = min(height, max(8, round(float(np.sqrt(area / aspect)))))
     return Geometry(
-        top=int(rng.integers(0, height - crop_height + 1)),
-        left=int(rng.integers(0, width - crop_width + 1)),
-        height=crop_height,
-        width=crop_width,
-        side=side,
+        top=int(rng.integers(0, height - window_height + 1)),
+        left=int(rng.integers(0, width - window_width + 1)),
+        height=window_height,
+        width=window_width,
         flip=bool(rng.integers(0, 2)),
     )
 
 
-def transform_frame(frame: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """Apply the geometry to a (H, W, 3) uint8 frame -> (side, side, 3) uint8."""
-    g = geometry
-    crop = frame[g.top : g.top + g.height, g.left : g.left + g.width]
-    shrinks = g.side < min(g.height, g.width)
-    resized = cv2.resize(
-        crop, (g.side, g.side), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    )
-    return np.ascontiguousarray(resized[:, ::-1] if g.flip else resized)
-
-
-def transform_flow(
-    flow: np.ndarray, valid: np.ndarray, geometry: Geometry, stride: int = 4
-) -> tuple[np.ndarray, np.ndarray]:
-    """Apply the geometry to a flow field and average it over the cells of the embedding grid.
-
-    Args:
-        flow: (H, W, 2) float32, pixels of the source, x right, y down.
-        valid: (H, W) bool, where the flow can be trusted.
-        geometry: the crop, as applied to the frame.
-        stride: pixels of the crop per grid cell; 1 gives flow for each pixel.
+def sample_color(rng: np.random.Generator, strength: float) -> np.ndarray:
+    """Draw a change of brightness, contrast, saturation and hue, of the frame only.
 
     Returns:
-        (side/stride, side/stride, 2) float32 flow in pixels of the crop, the mean over the
-        trusted pixels of each cell, and (side/stride, side/stride) float32 weight: the trusted
-        share of the cell, 0 where it is below one half.
-    """
-    g = geometry
-    window = np.s_[g.top : g.top + g.height, g.left : g.left + g.width]
-    weight = valid[window].astype(np.float32)
-    scale = np.array([g.side / g.width, g.side / g.height], np.float32)
-    planes = np.dstack([np.where(valid[window][..., None], flow[window], 0) * scale, weight])
-    cells = g.side // stride
-    shrinks = cells <= min(g.height, g.width)
-    grid = cv2.resize(
-        planes, (cells, cells), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    )
-    if g.flip:
-        grid = grid[:, ::-1] * np.array([-1, 1, 1], np.float32)
-    share = grid[..., 2]
-    vectors = grid[..., :2] / np.maximum(share, 1e-6)[..., None]
-    return np.ascontiguousarray(vectors), np.where(share >= 0.5, share, 0).astype(np.float32)
-
-
-def jitter_color(frame: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
-    """Change brightness, contrast, saturation and hue of a (H, W, 3) uint8 frame at random.
-
-    The frame only: flow does not depend on colour. One pass, as a 3x3 colour matrix with offset.
+        (3, 4): a matrix for RGB, and in the last column what part of the frame's mean to add.
     """
     if strength == 0:
-        return frame
+        return np.eye(3, 4)
     brightness, contrast, saturation = 1 + strength * rng.uniform(-1, 1, 3)
     if rng.uniform() < 0.2 * min(1.0, strength / 0.4):
         saturation = 0.0
@@ -120,94 +74,79 @@ def jitter_color(frame: np.ndarray, rng: np.random.Generator, strength: float) -
     cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
     hue = np.eye(3) * np.cos(angle) + np.sin(angle) * cross + (1 - np.cos(angle)) / 3
     matrix = (saturation * np.eye(3) + (1 - saturation) * luma[None, :]) @ hue
-    matrix = brightness * contrast * matrix
-    offset = brightness * (1 - contrast) * float(frame.mean())
-    return cv2.transform(frame, np.hstack([matrix, np.full((3, 1), offset)]))
+    return np.hstack([brightness * contrast * matrix, np.full((3, 1), brightness * (1 - contrast))])
 
 
-class FlowPairs(Dataset[Pair]):
-    """A reproducible order of augmented pairs of a store, every video equally often.
+class FlowPairs(Dataset[Window]):
+    """A reproducible order of windows of a store's pairs, every video equally often.
 
     Each round visits every video once, in a new order, and takes from it the next pair of a
     permutation of its own: one long video does not drown the others. Example `k` depends on
     (seed, k) alone, so neither the number of workers nor a restart in the middle changes what is
-    seen.
+    seen; nor does the side to which `augment` brings it.
     """
 
     def __init__(
         self,
         store: FlowStore,
         length: int,
-        side: int = 128,
         min_scale: float = 0.3,
         color_jitter: float = 0.4,
         seed: int = 0,
     ) -> None:
-        """`length` = examples in the whole run; `side`, `min_scale`: see `sample_geometry`."""
+        """`length` = examples in the whole run; `min_scale`: see `sample_geometry`."""
         if len(store) == 0:
             raise ValueError("the flow store holds no pairs")
-        self.store, self.length, self.side = store, length, side
+        self.store, self.length = store, length
         self.min_scale, self.color_jitter, self.seed = min_scale, color_jitter, seed
         numbers = store.source_numbers
-        self._videos = [np.flatnonzero(numbers == n) for n in np.unique(numbers)]
+        self._pairs = np.argsort(numbers, kind="stable")  # video after video
+        _, first = np.unique(numbers[self._pairs], return_index=True)
+        self._bounds = np.append(first, len(numbers))
+        self._round: tuple[int, np.ndarray] = (-1, first)  # the last one's order of videos
 
     def __len__(self) -> int:
         """Examples in the whole run."""
         return self.length
 
-    def __getitem__(self, k: int) -> Pair:
+    def __getitem__(self, k: int) -> Window:
         """The `k`-th example of the run."""
         sample = self.store[self._index(k)]
         rng = np.random.default_rng((self.seed, 2, k))
-        height, width = sample.frame.shape[:2]
-        geometry = sample_geometry(rng, height, width, self.side, self.min_scale)
-        frame = jitter_color(transform_frame(sample.frame, geometry), rng, self.color_jitter)
-        flow, weight = transform_flow(sample.flow, sample.valid, geometry)
-        return Pair(
-            torch.from_numpy(frame),
-            torch.from_numpy(flow).permute(2, 0, 1).contiguous(),
-            torch.from_numpy(weight),
-        )
+        size = sample.valid.shape
+        top, left, height, width, flip = sample_geometry(rng, size[0], size[1], self.min_scale)
+        window = np.s_[top : top + height, left : left + width]
+        flow = torch.from_numpy(sample.flow[window]).half()
+        flow[~torch.from_numpy(sample.valid[window])] = torch.nan
+        frame = torch.from_numpy(sample.frame[window])
+        return Window(frame, flow, flip, sample_color(rng, self.color_jitter))
 
     def _index(self, k: int) -> int:
         """Which pair of the store example `k` is made of."""
-        turn, position = divmod(k, len(self._videos))
-        number = np.random.default_rng((self.seed, 0, turn)).permutation(len(self._videos))[
-            position
-        ]
-        pairs = self._videos[number]
+        turn, position = divmod(k, len(self._bounds) - 1)
+        if self._round[0] != turn:  # of a million videos a permutation takes its time
+            rng = np.random.default_rng((self.seed, 0, turn))
+            self._round = turn, rng.permutation(len(self._bounds) - 1)
+        number = int(self._round[1][position])
+        pairs = self._pairs[self._bounds[number] : self._bounds[number + 1]]
         again, place = divmod(turn, len(pairs))
-        order = np.random.default_rng((self.seed, 1, int(number), again)).permutation(len(pairs))
+        order = np.random.default_rng((self.seed, 1, number, again)).permutation(len(pairs))
         return int(pairs[order[place]])
 
 
-def normalize_flow(flow: Tensor, weight: Tensor, mode: str = "standardize") -> Tensor:
-    """Bring each image's flow to a common scale, so that one `flow_sigma` serves all.
-
-    Args:
-        flow: (B, 2, H, W), pixels, x right, y down.
-        weight: (B, H, W), 0 = ignore.
-        mode: `standardize` = subtract the weighted mean motion and divide by the root mean
-            square deviation per component, at least 0.25 px so that the noise of a still image is
-            not blown up; `log` = sign(f) min(1, log(1 + |f|) / log 51), as re-implementations
-            of arXiv 1807.05636 do; `none` = pixels.
-
-    Returns:
-        (B, 2, H, W) float32.
-
-    Raises:
-        ValueError: unknown mode.
-    """
-    flow = flow.float()
-    if mode == "none":
-        return flow
-    if mode == "log":
-        return flow.sign() * (flow.abs().log1p() / math.log(51)).clamp(max=1)
-    if mode != "standardize":
-        raise ValueError(f"unknown flow normalisation {mode!r}; known: standardize, log, none")
-    w = weight.unsqueeze(1).float()
-    flow = torch.where(w > 0, flow, 0.0)
-    total = w.sum(dim=(2, 3), keepdim=True).clamp(min=1e-6)
-    centred = flow - (w * flow).sum(dim=(2, 3), keepdim=True) / total
-    variance = (w * centred.square()).sum(dim=(1, 2, 3), keepdim=True) / (2 * total)
-    return centred / variance.sqrt().clamp(min=0.25)
+def collate(windows: Sequence[Window]) -> Windows:
+    """Make a batch: windows of different sizes are padded with zeros, right and bottom."""
+    sizes = [window.frame.shape[:2] for window in windows]
+    shape = (len(windows), max(h for h, _ in sizes), max(w for _, w in sizes))
+    frame = torch.zeros((*shape, 3), dtype=torch.uint8)
+    flow = torch.zeros((*shape, 2), dtype=torch.float16)
+    for i, ((height, width), window) in enumerate(zip(sizes, windows, strict=True)):
+        frame[i, :height, :width] = window.frame
+        flow[i, :height, :width] = window.flow
+    return Windows(
+        frame,
+        flow,
+        torch.tensor(sizes, dtype=torch.float32),
+        torch.tensor([window.flip for window in windows]),
+        torch.from_numpy(np.stack([window.color for window in windows])).float(),
+    )

@@ -106,10 +106,11 @@ class Encoder(nn.Module):
 
     def normalize(self, images: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 RGB -> (B, 3, H, W) float32, normalised as the backbone expects."""
-        pixels = images.permute(0, 3, 1, 2).float() / 255
-        mean = torch.tensor(self.normalization.mean, device=images.device).view(1, -1, 1, 1)
-        std = torch.tensor(self.normalization.std, device=images.device).view(1, -1, 1, 1)
-        return (pixels - mean) / std
+        constants = 255 * torch.tensor([self.normalization.mean, self.normalization.std])
+        # Without non_blocking the host would wait for all that a GPU still has to do.
+        mean, std = constants.view(2, 1, -1, 1, 1).to(images.device, non_blocking=True)
+        normalized: Tensor = (images.permute(0, 3, 1, 2).float() - mean) / std
+        return normalized
 
 
 def pick_device(name: str) -> torch.device:

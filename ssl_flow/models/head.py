@@ -43,10 +43,12 @@ class PixelEmbeddingHead(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """List of (B, C_i, H/s_i, W/s_i) -> (B, D, H/4, W/4)."""
-        hidden = [
-            to_stride(project(level), stride, self.stride)
-            for level, project, stride in zip(maps, self.levels, self.strides, strict=True)
-        ]
+        hidden = []
+        for level, layers, stride in zip(maps, self.levels, self.strides, strict=True):
+            norm, project = layers.children()
+            # Down before the projection, up after it: it meets as few pixels as it can.
+            level = to_stride(norm(level), stride, max(stride, self.stride))
+            hidden.append(to_stride(project(level), max(stride, self.stride), self.stride))
         total: Tensor = self.output(sum(hidden[1:], hidden[0]))
         return total
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from ssl_flow.config import Config
-from ssl_flow.data.pairs import FlowPairs, Pair, normalize_flow
+from ssl_flow.data.augment import Windows, augment, normalize_flow
+from ssl_flow.data.pairs import FlowPairs, Window, collate
 from ssl_flow.flow import FlowStore, extract
 from ssl_flow.models import Encoder
 from ssl_flow.training.distributed import World
@@ -19,31 +19,11 @@ from ssl_flow.training.safety import ignore_stop_signals
 from ssl_flow.training.step import Batch
 
 
-class Examples(Dataset[Pair]):
-    """`FlowPairs` whose crops grow as `crop_side` says; example k is a function of k and config."""
-
-    def __init__(self, config: Config, store: FlowStore) -> None:
-        """`config` for data.*, seed, and the number of steps and examples a step."""
-        data, train = config.data, config.train
-        self.config = config
-        self.pairs = FlowPairs(
-            store,
-            train.steps * train.batch_size,
-            data.crop,
-            data.min_scale,
-            data.color_jitter,
-            config.seed,
-        )
-
-    def __len__(self) -> int:
-        """Examples in the whole run."""
-        return len(self.pairs)
-
-    def __getitem__(self, k: int) -> Pair:
-        """Example k of the run, of step k // batch_size."""
-        pairs = copy.copy(self.pairs)  # shares the store
-        pairs.side = crop_side(self.config, k // self.config.train.batch_size)
-        return pairs[k]
+def make_pairs(config: Config, store: FlowStore) -> FlowPairs:
+    """The examples of the whole run; example k belongs to step k // batch_size."""
+    data, train = config.data, config.train
+    length = train.steps * train.batch_size
+    return FlowPairs(store, length, data.min_scale, data.color_jitter, config.seed)
 
 
 class Share(Sampler[list[int]]):
@@ -67,13 +47,14 @@ class Share(Sampler[list[int]]):
 
 
 def make_loader(
-    config: Config, examples: Examples, world: World, first_step: int
-) -> DataLoader[Pair]:
+    config: Config, pairs: FlowPairs, world: World, first_step: int
+) -> DataLoader[Window]:
     """Batches of this process, the same whatever the number of workers or restarts."""
     workers = config.data.workers
     return DataLoader(
-        examples,
+        pairs,
         batch_sampler=Share(config, world, first_step),
+        collate_fn=collate,
         num_workers=workers,
         pin_memory=world.device.type == "cuda",
         multiprocessing_context=_start_method() if workers else None,
@@ -82,13 +63,14 @@ def make_loader(
     )
 
 
-def make_batch(pair: Pair, encoder: Encoder, config: Config, device: torch.device) -> Batch:
-    """What the loader gives -> what the step takes, on the device."""
-    image, flow, weight = (tensor.to(device, non_blocking=True) for tensor in pair)
+def make_batch(windows: Windows, side: int, encoder: Encoder, config: Config) -> Batch:
+    """What the loader gives -> crops of `side` pixels, as the step takes them, on the device."""
+    device = next(encoder.parameters()).device
+    pair = augment(windows.to(device), side)
     return Batch(
-        encoder.normalize(image).contiguous(memory_format=torch.channels_last),
-        normalize_flow(flow, weight, config.loss.flow_normalization),
-        weight,
+        encoder.normalize(pair.image).contiguous(memory_format=torch.channels_last),
+        normalize_flow(pair.flow, pair.weight, config.loss.flow_normalization),
+        pair.weight,
     )
 
 

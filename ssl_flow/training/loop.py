@@ -21,17 +21,18 @@ import torch
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from ssl_flow.config import Config, save_config
-from ssl_flow.data.pairs import Pair
+from ssl_flow.data.augment import augment
+from ssl_flow.data.pairs import collate
 from ssl_flow.losses import CrossPixelFlowLoss
 from ssl_flow.models import Encoder, create_encoder, save_encoder
 from ssl_flow.training.batches import (
-    Examples,
+    crop_side,
     make_batch,
     make_loader,
+    make_pairs,
     open_store,
     synthetic_store,
 )
@@ -108,7 +109,7 @@ def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Enc
         save_config(config, run / "config.yaml")
     if store is None:
         store = open_store(world.from_main(lambda: synthetic_store(config, run / "flow")))
-    examples = Examples(config, store)
+    pairs = make_pairs(config, store)
 
     # 3. The state of the run: all that a checkpoint holds.
     optimizer = make_optimizer(config, objective)
@@ -130,8 +131,8 @@ def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Enc
         module = DistributedDataParallel(objective, [device] if device.type == "cuda" else None)
 
     metrics = Metrics(run, progress.step) if world.is_main else None
-    still = default_collate([examples.pairs[k] for k in range(min(8, train.batch_size))])
-    still = Pair(*(tensor.to(device) for tensor in still))
+    shown = collate([pairs[k] for k in range(min(8, train.batch_size))])
+    still = augment(shown.to(device), config.data.crop)
     if world.is_main:
         print(
             f"{len(store)} pairs, {train.steps} steps of {train.batch_size} crops of "
@@ -140,7 +141,7 @@ def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Enc
             flush=True,
         )
 
-    batches = iter(make_loader(config, examples, world, progress.step))
+    batches = iter(make_loader(config, pairs, world, progress.step))
     waited, logged_at, logged_step = 0.0, time.perf_counter(), progress.step
     bar = tqdm(
         range(progress.step, train.steps),
@@ -153,9 +154,10 @@ def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Enc
             # Dropout and the like depend on (seed, step, process): nothing to save or to disturb.
             torch.manual_seed((config.seed * 1_000_003 + step) * 65536 + world.rank)
             started = time.perf_counter()
-            pair = next(batches)
+            windows = next(batches)
             waited += time.perf_counter() - started
-            batch = make_batch(pair, encoder, config, device)
+            side = crop_side(config, step)
+            batch = make_batch(windows, side, encoder, config)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
             result = take_step(module, batch, optimizer, scaler, train.accumulate, world)
@@ -189,7 +191,7 @@ def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Enc
                     "gradient_norm": result.gradient_norm,
                     "learning_rate": learning_rate(config, step),
                     "skipped_steps": progress.skipped,
-                    "crop": pair.image.shape[1],
+                    "crop": side,
                     "images_per_second": (done - logged_step)
                     * train.batch_size
                     / (now - logged_at),

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_flow.data.pairs import Pair
+from ssl_flow.data.augment import Pair
 from ssl_flow.flow import flow_to_rgb
 from ssl_flow.models import Encoder
 

@@ -123,7 +123,7 @@ def make_optimizer(config: Config, module: nn.Module) -> torch.optim.Optimizer:
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.train.learning_rate)
+    return torch.optim.AdamW(groups, lr=config.train.learning_rate, fused=True)
 
 
 def learning_rate(config: Config, step: int) -> float:

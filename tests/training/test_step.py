@@ -9,11 +9,12 @@ from tiny import lines, tiny
 from torch import nn
 
 from ssl_flow.config import Config, DataConfig, TrainConfig
+from ssl_flow.data.pairs import collate
 from ssl_flow.flow import FlowStore
 from ssl_flow.losses import CrossPixelFlowLoss
 from ssl_flow.models import create_encoder
 from ssl_flow.training import loop, pretrain
-from ssl_flow.training.batches import Examples, Share, crop_side
+from ssl_flow.training.batches import Share, crop_side, make_batch, make_pairs
 from ssl_flow.training.distributed import World
 from ssl_flow.training.initial import checkpoint_activations, try_step
 from ssl_flow.training.step import Batch, Objective, amp_type, take_step, update_average
@@ -161,11 +162,15 @@ def test_crops_grow_in_steps_and_examples_depend_on_their_number_alone(store):
     sides = [crop_side(config, step) for step in range(30)]
     assert sides == [64] * 10 + [96] * 10 + [128] * 10
     assert {crop_side(replace(config, data=DataConfig(crop=128)), s) for s in range(30)} == {128}
-    examples = Examples(config, FlowStore(str(store)))
-    assert [examples[k].image.shape[0] for k in (0, 19, 20, 40, 59)] == [64, 64, 96, 128, 128]
-    again = Examples(config, FlowStore(str(store)))
-    for k in (41, 7, 20):
-        for first, second in zip(examples[k], again[k], strict=True):
+    pairs, again = (make_pairs(config, FlowStore(str(store))) for _ in range(2))
+    encoder = create_encoder("test_resnet", 8, 16)
+    windows = collate([pairs[k] for k in (41, 7, 20)])
+    same = collate([again[k] for k in (41, 7, 20)])
+    for side in (64, 128):
+        batch = make_batch(windows, side, encoder, config)
+        assert batch.images.shape[-2:] == (side, side)
+        assert batch.flow.shape[-2:] == batch.weight.shape[-2:] == (side // 4, side // 4)
+        for first, second in zip(batch, make_batch(same, side, encoder, config), strict=True):
             assert torch.equal(first, second)
 
 

@@ -1,0 +1,263 @@
+"""Speed of a training step beside the bare backbone on random tensors, and where the time goes.
+
+    python benchmarks/training.py                          # resnet18, 16 crops of 128 px, on a CPU
+    python benchmarks/training.py --device cuda            # resnet50, 256 crops of 224 px
+
+Four loops take turns, round by round, so that a slow spell of the machine hits all alike:
+`backbone` (forward, backward, optimiser of timm's plain model), `encoder` (with head, loss a plain
+sum), `step` (what training does: loader, augmentation, loss, clipping, optimiser), and `loader`
+(batches alone). The same precision and memory format in all. Writes training_DEVICE.md and
+training_profile_DEVICE.png into benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import platform
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import cv2
+import timm
+import torch
+from flow_accuracy import cpu_model
+from torch.utils.data import DataLoader
+
+from ssl_flow.data.augment import Windows, augment, normalize_flow
+from ssl_flow.data.pairs import FlowPairs, collate
+from ssl_flow.data.synthetic import synthetic_sources
+from ssl_flow.flow import FlowStore, extract
+from ssl_flow.losses import CrossPixelFlowLoss
+from ssl_flow.models import create_encoder
+
+SHARES = ["data wait", "augment", "forward", "loss", "backward", "optimizer"]
+
+
+class Bench:
+    """The loops, each a function that does one batch."""
+
+    def __init__(self, options: argparse.Namespace, store: FlowStore) -> None:
+        """Build models, optimisers and loader."""
+        self.options, self.device = options, torch.device(options.device)
+        channels_last = torch.channels_last
+        plain = timm.create_model(options.backbone, num_classes=0)
+        self.plain = plain.to(self.device, memory_format=channels_last).train()
+        encoder = create_encoder(options.backbone, embedding_dim=16)
+        self.encoder = encoder.to(self.device).to(memory_format=channels_last).train()
+        self.loss = CrossPixelFlowLoss().to(self.device)
+        shape = (options.batch, 3, options.crop, options.crop)
+        noise = torch.randn(shape, device=self.device)
+        self.noise = noise.contiguous(memory_format=channels_last)
+        self.optimizers = {
+            model: torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+            for model in (self.plain, self.encoder)
+        }
+        self.batches = self._batches(store)
+        self.times = dict.fromkeys(SHARES, 0.0)  # of all steps so far, seconds
+
+    def _batches(self, store: FlowStore) -> Iterator[Windows]:
+        workers = self.options.workers
+        pairs = FlowPairs(store, 10**6 * self.options.batch)
+        yield from DataLoader(
+            pairs,
+            self.options.batch,
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=self.device.type == "cuda",
+            multiprocessing_context="forkserver" if workers else None,
+        )
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.process_time() if self.options.processor_time else time.perf_counter()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp)
+
+    def backbone_step(self) -> None:
+        """Timm's model on random tensors."""
+        with self._autocast():
+            loss = self.plain(self.noise).float().mean()
+        loss.backward()
+        self.optimizers[self.plain].step()
+        self.optimizers[self.plain].zero_grad()
+
+    def encoder_step(self) -> None:
+        """The backbone with the embedding head on random tensors."""
+        with self._autocast():
+            loss = self.encoder(self.noise).float().mean()
+        loss.backward()
+        self.optimizers[self.encoder].step()
+        self.optimizers[self.encoder].zero_grad()
+
+    def loader_step(self) -> None:
+        """A batch of windows, not augmented."""
+        next(self.batches)
+
+    def step(self, log: bool = False) -> None:
+        """What training does; `log` waits for the device after each part and adds to `times`."""
+        begun = self._now() if log else 0.0
+
+        def done(part: str) -> None:
+            nonlocal begun
+            if log:
+                now = self._now()
+                self.times[part] += now - begun
+                begun = now
+
+        windows = next(self.batches)
+        done("data wait")
+        pair = augment(windows.to(self.device), self.options.crop)
+        images = self.encoder.normalize(pair.image).contiguous(memory_format=torch.channels_last)
+        flow = normalize_flow(pair.flow, pair.weight)
+        done("augment")
+        with self._autocast():
+            embedding = self.encoder(images)
+        done("forward")
+        loss = self.loss(embedding, flow, pair.weight)
+        done("loss")
+        loss.backward()
+        done("backward")
+        torch.nn.utils.clip_grad_norm_(self.encoder.parameters(), 1.0)
+        self.optimizers[self.encoder].step()
+        self.optimizers[self.encoder].zero_grad()
+        done("optimizer")
+
+    def images_per_second(self, function: Callable[[], None], batches: int) -> float:
+        """Of a few batches, one after the other; of the loader always by the clock on the wall."""
+        loads = function == self.loader_step
+        if loads:
+            for _ in range(2 * self.options.workers):  # those that lie ready come for nothing
+                function()
+        now = time.perf_counter if loads else self._now
+        begun = now()
+        for _ in range(batches):
+            function()
+        return batches * self.options.batch / (now() - begun)
+
+
+def picture(shares: dict[str, float], title: str, path: Path) -> None:
+    """One bar, cut into the parts of a step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 1.8))
+    left = 0.0
+    for name, share in shares.items():
+        axes.barh(0, share, left=left, label=f"{name} {share:.0%}")
+        left += share
+    axes.set(xlim=(0, 1), yticks=[], xlabel="share of a step")
+    axes.set_title(title, fontsize=9)
+    axes.legend(ncols=len(shares), fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.45))
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def main() -> None:
+    """Measure, print the tables and write them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--backbone", help="default: resnet18, on CUDA resnet50")
+    parser.add_argument("--crop", type=int, help="default: 128, on CUDA 224")
+    parser.add_argument("--batch", type=int, help="default: 16, on CUDA 256")
+    parser.add_argument("--store", type=Path, help="default: synthetic videos, made on the spot")
+    parser.add_argument("--workers", type=int, help="of the loader; default: 1, on CUDA 12")
+    parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="of this process, for busy machines, with --threads 1; does not see waits for data",
+    )
+    parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batches", type=int, default=3, help="of each loop a round")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    cuda = options.device.startswith("cuda")
+    defaults = {
+        "backbone": ("resnet18", "resnet50"),
+        "crop": (128, 224),
+        "batch": (16, 256),
+        "workers": (1, 12),
+    }
+    for name, values in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, values[cuda])
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    cv2.setNumThreads(1)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as scratch:
+        if options.store is None:
+            size = 2 * options.crop if cuda else 128
+            options.store = Path(scratch) / "store"
+            sources = synthetic_sources(20, 0, size=size)
+            extract(sources, options.store, method="farneback", size=size, gap=0.1, workers=1)
+        text = measure(options)
+    print(text)
+    name = "cuda" if cuda else options.device
+    (options.out / f"training_{name}.md").write_text(text)
+
+
+def measure(options: argparse.Namespace) -> str:
+    """Run the loops and return the report."""
+    bench = Bench(options, FlowStore(options.store))
+    loops = {
+        "backbone": bench.backbone_step,
+        "encoder": bench.encoder_step,
+        "step": bench.step,
+        "loader": bench.loader_step,
+    }
+    rates: dict[str, list[float]] = {name: [] for name in loops}
+    for function in loops.values():
+        bench.images_per_second(function, 2)  # warm up
+    for _ in range(options.rounds):
+        for name, function in loops.items():
+            rates[name].append(bench.images_per_second(function, options.batches))
+        for _ in range(options.batches):
+            bench.step(log=True)
+    lines = ["| loop | images/s | of the bare backbone (min .. max) |\n|---|---|---|"]
+    for name, found in rates.items():
+        ratios = [a / b for a, b in zip(found, rates["backbone"], strict=True)]
+        lines.append(
+            f"| {name} | {statistics.median(found):.1f} | {statistics.median(ratios):.2f} "
+            f"({min(ratios):.2f} .. {max(ratios):.2f}) |"
+        )
+    total = sum(bench.times.values())
+    shares = {name: seconds / total for name, seconds in bench.times.items()}
+    count = options.rounds * options.batches
+    lines.append("\n| part of a step | ms | share |\n|---|---|---|")
+    for name, share in shares.items():
+        lines.append(f"| {name} | {1e3 * bench.times[name] / count:.1f} | {share:.3f} |")
+    cuda = bench.device.type == "cuda"
+    title = (
+        f"{options.backbone}, {options.batch} crops of {options.crop} px, "
+        f"{torch.cuda.get_device_name() if cuda else cpu_model()}, "
+        f"{'bfloat16 autocast' if options.amp else 'float32'}, {options.workers} workers, "
+        f"{torch.get_num_threads()} threads"
+    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    picture(shares, title, options.out / f"training_profile_{bench.device.type}.png")
+    command = shlex.join(["python", "benchmarks/training.py", *sys.argv[1:]])
+    return "\n".join(
+        [
+            f"{title}; medians of {options.rounds} rounds of {options.batches} batches, "
+            f"{'processor' if options.processor_time else 'wall'} time.\n",
+            *lines,
+            f"\nCommand: `{command}`  \nDate: {datetime.date.today()}  \n"
+            f"Python {platform.python_version()}, torch {torch.__version__}, timm "
+            f"{timm.__version__}, OpenCV {cv2.__version__}\n",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
