@@ -157,7 +157,7 @@ class FlowPairs(Dataset[Pair]):
 
     def __getitem__(self, k: int) -> Pair:
         """The `k`-th example of the run."""
-        sample = self.store[self._index(k)]
+        sample = self.store[self.pair_index(k)]
         rng = np.random.default_rng((self.seed, 2, k))
         height, width = sample.frame.shape[:2]
         geometry = sample_geometry(rng, height, width, self.side, self.min_scale)
@@ -169,7 +169,7 @@ class FlowPairs(Dataset[Pair]):
             torch.from_numpy(weight),
         )
 
-    def _index(self, k: int) -> int:
+    def pair_index(self, k: int) -> int:
         """Which pair of the store example `k` is made of."""
         turn, position = divmod(k, len(self._videos))
         number = np.random.default_rng((self.seed, 0, turn)).permutation(len(self._videos))[
