@@ -111,7 +111,7 @@ class FlowPairs(Dataset[Window]):
 
     def __getitem__(self, k: int) -> Window:
         """The `k`-th example of the run."""
-        sample = self.store[self._index(k)]
+        sample = self.store[self.pair_index(k)]
         rng = np.random.default_rng((self.seed, 2, k))
         size = sample.valid.shape
         top, left, height, width, flip = sample_geometry(rng, size[0], size[1], self.min_scale)
@@ -121,7 +121,7 @@ class FlowPairs(Dataset[Window]):
         frame = torch.from_numpy(sample.frame[window])
         return Window(frame, flow, flip, sample_color(rng, self.color_jitter))
 
-    def _index(self, k: int) -> int:
+    def pair_index(self, k: int) -> int:
         """Which pair of the store example `k` is made of."""
         turn, position = divmod(k, len(self._bounds) - 1)
         if self._round[0] != turn:  # of a million videos a permutation takes its time
