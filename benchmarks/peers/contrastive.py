@@ -28,12 +28,12 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ssl_flow.config import Config
+from ssl_flow.config import Config, TrainConfig
 from ssl_flow.data.pairs import FlowPairs
 from ssl_flow.flow import FlowStore
 from ssl_flow.models import Encoder, create_encoder, pick_device, save_encoder
-from ssl_flow.training.loop import _amp_type, _schedule
 from ssl_flow.training.monitors import Metrics
+from ssl_flow.training.step import amp_type, learning_rate
 
 try:
     from lightly.loss import NegativeCosineSimilarity, NTXentLoss
@@ -210,7 +210,9 @@ def train(options: argparse.Namespace) -> Encoder:
     model = method(encoder.backbone, channels, options)
     model.to(device=device, memory_format=torch.channels_last)
     optimizer = _optimizer(model, options)
-    amp_type = _amp_type(Config(), device)
+    schedule = TrainConfig(steps=10**6, learning_rate=options.lr)
+    config = Config(train=schedule)
+    autocast_type = amp_type(config, device)
     store = FlowStore(options.store)
     # As pictures, since turning an array into one would cost a fifth of a view at each use.
     decoding = tqdm(range(len(store)), desc="decoding frames", unit="")
@@ -230,8 +232,8 @@ def train(options: argparse.Namespace) -> Encoder:
         ]
         waited += clock() - waiting
         for group in optimizer.param_groups:
-            group["lr"] = options.lr * _schedule(int(1e6 * done), 10**6, 0.1)
-        with torch.autocast(device.type, amp_type, enabled=amp_type is not None):
+            group["lr"] = learning_rate(config, int(1e6 * done))
+        with torch.autocast(device.type, autocast_type, enabled=autocast_type is not None):
             loss, projection = model.loss(views, done)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

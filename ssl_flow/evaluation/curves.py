@@ -44,7 +44,7 @@ class Panel:
 
 _PANELS = [
     Panel("loss", "loss", {"loss": "loss"} | _BOUNDS),
-    Panel("KL divergence (loss - target entropy)", "nats", {"kl_divergence": ""}),
+    Panel("KL divergence (loss - target entropy)", "nats", {"kl": ""}),
     Panel("effective rank of the embedding", "dimensions", {"effective_rank": ""}),
     Panel("spread of the embedding", "standard deviation", {"embedding_std": ""}),
     Panel("gradient norm", "norm, log scale", {"gradient_norm": ""}, "log"),
@@ -187,7 +187,7 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[RunLog]) -> None:
                 axes.plot(steps, values, lw=0.8, alpha=0.35 if len(runs) == 1 else 0.2, **style)
                 axes.plot(steps, means, lw=2, label=label, marker=sparse, ms=4, **style)
     unit = panel.unit
-    if panel.title == "loss" and any("kl_divergence" in row for run in runs for row in run.rows):
+    if panel.title == "loss" and any("kl" in row for run in runs for row in run.rows):
         unit = "nats"  # a cross entropy; the other objectives have no unit
     axes.set_title(panel.title, fontsize=10, loc="left", pad=17 if bounded else 6)
     if bounded:

@@ -52,7 +52,7 @@ def is_number(value: object) -> bool:
 def read_run(folder: Path) -> RunLog:
     """Read a run folder; a missing file counts as an empty one, torn lines are left out.
 
-    `kl_divergence` = `loss` - `target_entropy` is added where both were logged.
+    The lines of one step (a probe has its own) are joined; `kl` is added to those of old runs.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -79,8 +79,8 @@ def read_run(folder: Path) -> RunLog:
             unreadable += 1
             continue
         if is_number(row.get("loss")) and is_number(row.get("target_entropy")):
-            row["kl_divergence"] = row["loss"] - row["target_entropy"]
-        rows[row["step"]] = row
+            row["kl"] = row["loss"] - row["target_entropy"]
+        rows.setdefault(row["step"], {}).update(row)
     return RunLog(folder, _flat(config), [rows[step] for step in sorted(rows)], unreadable)
 
 

@@ -197,7 +197,8 @@ def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Enc
                     / (now - logged_at),
                     "data_wait": waited / (now - logged_at),
                 }
-                values["kl"] = values["loss"] - values.get("target_entropy", 0.0)
+                if "target_entropy" in values:
+                    values["kl"] = values["loss"] - values["target_entropy"]
                 logged_at, logged_step, waited = now, done, 0.0
                 if metrics:
                     metrics.write(values)
@@ -208,8 +209,9 @@ def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Enc
                 if result.taken and done > train.warmup * train.steps:
                     times = progress.collapsed_in_a_row
                     progress.collapsed_in_a_row = check_collapse(values, times, run)
-                if probe is None and math.isfinite(values["kl"]):
-                    progress.window.append(-values["kl"])
+                excess = values.get("kl", values["loss"])
+                if probe is None and math.isfinite(excess):
+                    progress.window.append(-excess)
 
             probes = probe is not None and (done % config.evaluation.every == 0 or last)
             if probes and probe and metrics:

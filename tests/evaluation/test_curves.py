@@ -48,8 +48,14 @@ def test_a_torn_file_gives_its_whole_lines_in_order(tmp_path):
 def test_kl_divergence_and_what_is_not_finite(tmp_path):
     bad = [{"step": 90, "loss": float("nan"), "target_entropy": 5.0}, {"step": 91, "loss": None}]
     log = read_run(make_run(tmp_path / "run", rows(2) + bad))
-    assert log.curve("kl_divergence") == ([10, 20], pytest.approx([1.0, 0.9]))
+    assert log.curve("kl") == ([10, 20], pytest.approx([1.0, 0.9]))
     assert log.curve("loss") == ([10, 20], [6.0, 5.9])
+
+
+def test_a_probe_of_the_same_step_takes_nothing_away(tmp_path):
+    log = read_run(make_run(tmp_path / "run", [*rows(1), {"step": 10, "probe_miou": 0.3}]))
+    assert log.curve("loss") == ([10], [6.0])
+    assert log.curve("probe_miou") == ([10], [0.3])
 
 
 def test_a_panel_for_each_known_key_that_was_logged(tmp_path):
