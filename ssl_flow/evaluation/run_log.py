@@ -68,7 +68,8 @@ def read_run(folder: Path) -> RunLog:
     if not isinstance(config, dict):
         raise ValueError(f"{file} holds no keys; put back what the run wrote")
 
-    metrics, rows, unreadable = folder / "metrics.jsonl", {}, 0
+    metrics, unreadable = folder / "metrics.jsonl", 0
+    rows: dict[float, dict[str, Any]] = {}
     text = metrics.read_text(encoding="utf-8", errors="replace") if metrics.exists() else ""
     for line in filter(str.strip, text.split("\n")):
         try:
