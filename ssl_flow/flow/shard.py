@@ -131,7 +131,7 @@ def finished(store: Path, source: str) -> dict[str, Any] | None:
     try:
         index = read_index(index_path(store, source))
         check_size(shard_path(store, source), index)
-    except (StoreError, FileNotFoundError):
+    except (StoreError, FileNotFoundError, NotADirectoryError):
         return None  # damaged: computed again
     return index
 

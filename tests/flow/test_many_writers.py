@@ -19,7 +19,7 @@ from ssl_flow.flow.job import Settings, extract_source
 from ssl_flow.flow.lock import store_lock
 from ssl_flow.flow.merge import merge_stores
 from ssl_flow.flow.problems import ProblemList, read_problems
-from ssl_flow.flow.shard import BusyError, ShardWriter, open_temporary, shard_path
+from ssl_flow.flow.shard import BusyError, ShardWriter, finished, open_temporary, shard_path
 from ssl_flow.flow.store import verify, write_lists
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="no locks there")
@@ -74,6 +74,8 @@ def test_what_another_call_has_just_finished_is_not_begun_again(tmp_path):
 
     assert job(replace(sources[0], frames=killed)) == done
     assert shard_bytes(tmp_path) == before
+    # Its folder would be the shard of another: no name for the store, but no reason to stop.
+    assert finished(tmp_path, f"{sources[0].name}.tar/b.mp4") is None
     shard_path(tmp_path, sources[0].name).write_bytes(b"damaged")
     with pytest.raises(SystemExit):
         job(replace(sources[0], frames=killed))
