@@ -5,12 +5,13 @@ Needs OpenCV and NumPy only; what else a function needs is imported where it is 
 
 from .codec import decode_flow, encode_flow
 from .color import flow_to_rgb
+from .container import VideoError
 from .estimators import OPTIONS, flow_validity, optical_flow, optical_flows
 from .extract import Summary, extract
 from .shard import StoreError
 from .sources import Problem, Source, find_sources
 from .store import FlowStore, Sample
-from .video import Frame, VideoError, read_frames
+from .video import Frame, read_frames
 
 __all__ = [
     "OPTIONS",

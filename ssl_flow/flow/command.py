@@ -62,7 +62,8 @@ class FlowCommand:
     strict: bool = False
     """Stop at the first video that cannot be used completely, with exit code 1."""
     timeout: float = TIMEOUT
-    """Seconds without a new frame or pair after which a video is given up; 0: never."""
+    """Seconds in which not even a damaged packet is read, and no pair made, after which a video is
+    given up; 0: never."""
     dry_run: bool = False
     """Only say what there is to do, how long it would take and how large the store would be."""
 

@@ -94,7 +94,7 @@ class RepeatedPairs:
         return False
 
 
-def find_duplicate_sources(hashes: Mapping[str, Sequence[int]]) -> dict[str, str]:
+def find_duplicate_sources(hashes: Mapping[str, Sequence[int] | Hashes]) -> dict[str, str]:
     """Find videos that are in a collection twice: copied, encoded again, or cut out of another.
 
     A video is a duplicate of another if at least `MOST` of its pictures are near one of the other's
@@ -136,8 +136,9 @@ def find_duplicate_sources(hashes: Mapping[str, Sequence[int]]) -> dict[str, str
     return {names[copy]: names[other] for copy, other in pairs if is_copy(copy, other)}
 
 
-def _unique(hashes: Sequence[int]) -> Hashes:
-    return np.array(sorted(set(hashes) - {PLAIN}), np.uint64)
+def _unique(hashes: Sequence[int] | Hashes) -> Hashes:
+    found = np.unique(np.asarray(hashes, np.uint64))
+    return np.asarray(found[found != PLAIN], np.uint64)
 
 
 def _sample(hashes: Hashes) -> Hashes:

@@ -28,11 +28,9 @@ from .progress import Bar
 from .shard import (
     VERSION,
     StoreError,
-    check_size,
-    index_path,
-    read_index,
+    finished,
+    replacing,
     shard_path,
-    write_atomically,
 )
 from .sources import Problem, Source, fingerprint, part_of
 from .store import SETTINGS_FILE, differing, is_store, read_settings, write_lists
@@ -101,7 +99,8 @@ def extract(
             and duplicates are left for a call without `part`, or for the merge.
         engine: "local" for processes of this machine, "ray" for tasks of Ray.
         strict: raise at the first problem; what was done before is kept.
-        timeout: seconds without a new frame or pair after which a worker is given up (0: never).
+        timeout: seconds without a new packet, frame or pair after which a worker is given up (0:
+            never).
         problems: further problems, of `find_sources`, to be listed with those met here.
 
     Raises:
@@ -179,7 +178,9 @@ def _open_store(store: Path, settings: Settings) -> None:
     wanted = {"version": VERSION, **asdict(settings)}
     if not is_store(store):
         store.mkdir(parents=True, exist_ok=True)
-        write_atomically(store / SETTINGS_FILE, json.dumps(wanted, indent=2).encode())
+        file = store / SETTINGS_FILE
+        with replacing(file) as new:  # locked: of two calls that begin here the first one decides
+            new.write(file.read_bytes() if file.exists() else json.dumps(wanted, indent=2).encode())
     found = read_settings(store)
     if key := differing(wanted, found):
         raise StoreError(
@@ -199,7 +200,7 @@ def _look_up(
         except OSError as error:
             listed.note(source.name, f"cannot be reached: {error.strerror}")
             continue
-        index = finished(store, source)
+        index = finished(store, source.name)
         if index is None:
             todo.append((source, float(now.bytes or 1)))
             continue
@@ -217,19 +218,6 @@ def _look_up(
     bad = (pool.DIED, pool.STALLED)
     late = {name for name, reason in read_problems(store).items() if reason.startswith(bad)}
     return sorted(todo, key=lambda entry: entry[0].name in late)
-
-
-def finished(store: Path, source: Source) -> dict[str, Any] | None:
-    """Return the index of a source that is complete in the store, else None."""
-    file = index_path(store, source.name)
-    if not file.exists():
-        return None
-    try:
-        index = read_index(file)
-        check_size(shard_path(store, source.name), index)
-    except StoreError:
-        return None  # damaged: computed again
-    return index
 
 
 def _work(

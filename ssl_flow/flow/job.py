@@ -7,7 +7,7 @@ import importlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,14 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .codec import encode_flow, png
+from .container import VideoError
 from .duplicates import RepeatedPairs, Thumbnail
 from .estimators import MIN_SIZE, Option, flow_validity, grey, optical_flow, optical_flows
 from .gap import PROBE_SIZE, choose_gap
 from .pairs import is_cut, is_motionless, is_still, pair_frames, still_thumbnail
 from .pool import Tick
-from .shard import BusyError, ShardWriter, member_names, safe_name
+from .shard import BusyError, ShardWriter, finished, index_path, member_names, safe_name
 from .sources import Source, fingerprint
-from .video import Frame, VideoError, read_frames
+from .video import Frame, read_frames
 
 Flow = NDArray[np.float32]  # (H, W, 2)
 
@@ -77,6 +78,11 @@ def extract_source(
             return None, f"its name cannot be stored: {error.strerror}"
         raise
     with writer, one_thread(settings.method):
+        index = finished(store, source.name)
+        if index is not None:  # by another call, since this one looked
+            return index, index["problem"]
+        # A damaged one, which would be met if the source cannot be read any more.
+        index_path(store, source.name).unlink(missing_ok=True)
 
         def frames() -> Iterator[Frame]:
             for frame in _watched(source, settings.size, tick):
@@ -124,14 +130,19 @@ def extract_source(
 
 def _watched(source: Source, short_side: int, tick: Tick) -> Iterator[Frame]:
     """Read a source, with a sign of life at each frame."""
-    frames = source.frames
-    if isinstance(frames, partial) and frames.func is read_frames:
-        frames = partial(frames, alive=tick)  # a long damaged part has no frames to tell of
-    for number, frame in enumerate(frames(short_side)):
+    for number, frame in enumerate(with_signs(source, tick)(short_side)):
         tick(frame.share)
         if number == 0:  # of the others only those in a pair: most are never made, see Frame
             _check_large(frame)
         yield frame
+
+
+def with_signs(source: Source, tick: Tick) -> Callable[[int | None], Iterator[Frame]]:
+    """Return `source.frames` with a sign of life at each packet, if it is a video's."""
+    frames = source.frames
+    if isinstance(frames, partial) and frames.func is read_frames:
+        return partial(frames, alive=tick)  # a long damaged part has no frames to tell of
+    return frames
 
 
 def _check_large(frame: Frame) -> None:

@@ -9,14 +9,15 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from .video import Frame, VideoError
+from .container import VideoError
+from .video import Frame
 
 STILL_DIFFERENCE = 0.25  # grey levels, mean over a 64 x 64 picture: only coding noise below it
 STILL_MOTION = 0.5  # pixels in a picture of shorter side 256: the error of a good estimator
 # Share of the contrast; measured on 19 clips at gaps of 0.1 and 0.2 s: shot cuts 0.91 and more,
 # all but the wildest camera swings 0.73 and less. Two unrelated pictures have about 1.1.
 CUT_RESIDUAL = 0.8
-_MOST = 1000  # frames that wait for their partners: half a second of a camera of 2000 a second
+_MOST = 2**29  # bytes of the pictures that wait for their partners: 1500 of 256 x 455 pixels
 _MARGIN = 1e-4  # seconds: time stamps are rounded to 1 ms or finer, 0.1 is no binary fraction
 
 
@@ -37,14 +38,16 @@ def pair_frames(
         skipped: counts what is left out: `hole`, or `size_change` between the two frames.
 
     Raises:
-        VideoError: so many frames lie within one gap that their times must be wrong.
+        VideoError: more frames begin pairs within one gap than the memory should hold.
     """
     starts: deque[Frame] = deque()  # that wait for their partners
     before: Frame | None = None
     next_start: float | None = None
+    held = 0  # bytes
     for frame in frames:
         while starts and frame.time >= starts[0].time + gap - _MARGIN:
             start = starts.popleft()
+            held -= start.image.nbytes
             partner = _nearest(start, before, frame, gap)
             if not gap / 2 - _MARGIN <= partner.time - start.time <= 2 * gap + _MARGIN:
                 skipped["hole"] += 1
@@ -53,13 +56,13 @@ def pair_frames(
             else:
                 yield start, partner
         if next_start is None or frame.time >= next_start - _MARGIN:
-            if len(starts) == _MOST:
-                raise VideoError(
-                    f"more than {_MOST} pairs begin within one gap ({gap:g} s): its time stamps "
-                    "are wrong, or choose a larger --every"
-                )
-            frame.image  # noqa: B018 (made now: a decoded frame takes far more memory)
+            held += frame.image.nbytes  # made now: a decoded frame takes far more memory
             starts.append(frame)
+            if held > _MOST:
+                raise VideoError(
+                    f"{len(starts)} pairs begin within one gap ({gap:g} s), too many to hold: "
+                    "choose a smaller --gap or a larger --every, if its time stamps are right"
+                )
             next_start = frame.time if next_start is None else next_start
             if every > 0:  # starts follow a fixed grid of times, else rounding would add up
                 passed = max(frame.time - next_start + _MARGIN, 0.0)  # not -1e-17

@@ -13,10 +13,11 @@ from functools import partial
 from pathlib import Path
 
 from . import pool
-from .extract import finished
-from .job import Settings, extract_source
+from .container import VideoError
+from .job import Settings, extract_source, with_signs
+from .shard import finished
 from .sources import Source, fingerprint
-from .video import Frame, VideoError, read_header
+from .video import Frame, read_header
 
 _HEADERS = 5.0  # seconds spent on reading headers at most
 _SAMPLES = 10.0  # seconds spent on computing pairs at most
@@ -51,9 +52,9 @@ def make_plan(
     Lengths come from headers, of a random choice of videos where there are very many. Then the
     first pairs of some videos are computed, for about ten seconds. That is exact to some ten
     percent where the videos are alike, and to a factor of two where they are not. A video that is
-    given up after `timeout` seconds without a frame counts as one that cannot be used.
+    given up after `timeout` seconds without a packet counts as one that cannot be used.
     """
-    todo = [source for source in sources if finished(Path(out), source) is None]
+    todo = [source for source in sources if finished(Path(out), source.name) is None]
     random.Random(0).shuffle(todo)
     video_seconds = _video_seconds(todo, timeout)
     with tempfile.TemporaryDirectory() as scratch:
@@ -122,7 +123,7 @@ def _sample(
     def beginning(short_side: int | None) -> Iterator[Frame]:
         nonlocal first, last
         end = time.perf_counter() + _ONE
-        for number, frame in enumerate(source.frames(short_side)):
+        for number, frame in enumerate(with_signs(source, tick)(short_side)):
             first, last = frame.time if number == 0 else first, frame.time
             yield frame
             if time.perf_counter() > end:

@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 
 class Tick(Protocol):
-    """A job calls it for each frame and each pair: also a sign that it is alive."""
+    """A job calls it for each packet, frame and pair: also a sign that it is alive."""
 
     def __call__(self, share: float = 0.0, pairs: int = 0) -> None:
         """`share` of the item that is done, 0 to 1; `pairs` made since the last call."""

@@ -126,6 +126,16 @@ def check_sum(shard: Path, index: Mapping[str, Any]) -> None:
         raise StoreError(f"{shard} is damaged (its sha256 is not that of the index): {MEND}")
 
 
+def finished(store: Path, source: str) -> dict[str, Any] | None:
+    """Return the index of a source that is complete in the store, else None."""
+    try:
+        index = read_index(index_path(store, source))
+        check_size(shard_path(store, source), index)
+    except (StoreError, FileNotFoundError, NotADirectoryError):
+        return None  # damaged: computed again
+    return index
+
+
 def take_lock(file: IO[Any], patience: float, shared: bool = False) -> bool:
     """Lock an open file; False where the system has no locks.
 
@@ -240,7 +250,6 @@ class ShardWriter:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open_temporary(self._path, PATIENCE)  # for a worker that was orphaned
         self._committed = False
-        index_path(store, source).unlink(missing_ok=True)
         self._position = 0
         self._sha256 = hashlib.sha256()
         self._samples: list[list[str | int]] = []
@@ -276,6 +285,7 @@ class ShardWriter:
     def commit(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Put the tar in its place and write the index, with `facts` in it; return the index."""
         self._write(bytes(2 * _BLOCK))  # the end of a tar
+        index_path(self._store, self._source).unlink(missing_ok=True)  # that of an older tar
         put_in_place(self._file, self._path)
         self._committed = True
         index = {

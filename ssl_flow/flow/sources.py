@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from .video import IMAGE_EXTENSIONS, Frame, image_files, read_frames, why_no_file
+from .container import why_no_file
+from .video import IMAGE_EXTENSIONS, Frame, image_files, read_frames
 
 # fmt: off
 VIDEO_EXTENSIONS = (
@@ -156,7 +157,10 @@ def _search(root: Path, problems: list[Problem]) -> list[Path]:
         videos = [here / name for name in sorted(names) if _is_video_name(name)]
         if videos:
             for video in videos:
-                reason = why_no_file(video)
+                try:
+                    reason = why_no_file(video)
+                except OSError as error:
+                    reason = f"cannot be reached ({error.strerror})"
                 if reason is None:
                     files.append(video)
                 else:

@@ -71,7 +71,7 @@ class FlowStore:
 
     Raises:
         StoreError: no store at `path`, a newer version, a shard that is incomplete, an entry of
-            `include` that matches no source, or no search for duplicates yet.
+            `include` that matches no source, or sources among which no duplicates were searched.
     """
 
     settings: dict[str, Any]
@@ -93,7 +93,7 @@ class FlowStore:
         for pattern in include or ():
             if not any(_matches(name, pattern) for name in names):
                 raise StoreError(f"{path}: no source matches {pattern!r}; there are {names[:10]}")
-        copies = {} if duplicates else read_duplicates(self.path)
+        copies = {} if duplicates else read_duplicates(self.path, len(indexes))
         taken = {n for n in names if include is None or any(_matches(n, p) for p in include)}
         self.sources = []
         self._files: list[str] = []  # of the indexes, relative to the store
@@ -141,17 +141,25 @@ class FlowStore:
             raise StoreError(f"{shard_of(file)} is damaged ({key}: {error}): {MEND}") from error
 
 
-def read_duplicates(store: Path) -> dict[str, str]:
-    """Read which sources are copies of others: source -> the original; {} if nothing was found."""
-    file = store / DUPLICATES_FILE
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        if (store / MANIFEST_FILE).exists():
-            return {}
-        reason = "the parts of the work (--shard) do not look for duplicates"
-    except ValueError as error:
-        reason = f"{file} is damaged ({error})"
+def read_duplicates(store: Path, sources: int) -> dict[str, str]:
+    """Read which sources are copies of others: source -> the original; {} if nothing was found.
+
+    Raises StoreError if the search was not over all `sources`: it is as old as the manifest.
+    """
+    file, manifest = store / DUPLICATES_FILE, store / MANIFEST_FILE
+    searched = manifest.read_bytes().count(b"\n") if manifest.exists() else 0
+    if searched != sources:
+        reason = (
+            f"duplicates were looked for among {searched} sources of the {sources} in {store} "
+            "(the parts of the work, --shard, do not look for them)"
+        )
+    elif not file.exists():
+        return {}
+    else:
+        try:
+            return dict(json.loads(file.read_text(encoding="utf-8")))
+        except ValueError as error:
+            reason = f"{file} is damaged ({error})"
     raise StoreError(f"{reason}: run `ssl-flow merge-flow {store} --out {store}`")
 
 
@@ -206,11 +214,14 @@ def write_lists(store: Path) -> dict[str, str]:
                 "pairs": index["pairs"],
             }
             manifest.write(json.dumps(line).encode() + b"\n")
-            hashes[index["source"]] = [int(text, 16) for text in index.get("hashes", ())]
-        found = find_duplicate_sources(hashes)
-        if found or (store / DUPLICATES_FILE).exists():
-            write_atomically(store / DUPLICATES_FILE, json.dumps(found, indent=2).encode() + b"\n")
-    return found
+            # An array: 8 bytes a pair, Python's own numbers take 44.
+            found = [int(text, 16) for text in index.get("hashes", ())]
+            hashes[index["source"]] = np.unique(np.array(found, np.uint64))
+        copies = find_duplicate_sources(hashes)
+        if copies or (store / DUPLICATES_FILE).exists():
+            data = json.dumps(copies, indent=2).encode() + b"\n"
+            write_atomically(store / DUPLICATES_FILE, data)
+    return copies
 
 
 def _member_names(settings: Mapping[str, Any]) -> list[str]:

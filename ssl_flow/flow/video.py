@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import errno
+import io
 import re
-import stat
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -19,21 +16,26 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from .container import (
+    LASTING,
+    NOTHING,
+    VideoError,
+    check_size,
+    import_av,
+    limits,
+    opened,
+    promised_seconds,
+    video_seconds,
+    why,
+    why_no_file,
+)
+
 if TYPE_CHECKING:
     from av import VideoFrame, VideoStream
     from av.container import InputContainer
     from av.video.reformatter import VideoReformatter
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-# A damaged or malicious header can claim any size: it is refused before memory is asked for it.
-MAX_SIDE = 16384  # pixels, as libavcodec's H.264 decoder
-MAX_PIXELS = 2**28
-# Why a file cannot be opened that are no trouble of the disk: the next call would meet them too.
-_LASTING = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG)
-
-
-class VideoError(ValueError):
-    """A video, or a part of it, could not be read; the message says which and why."""
 
 
 class Frame:
@@ -121,6 +123,7 @@ def read_header(path: str | Path, folder_fps: float = 24.0) -> Header:
 
     Raises:
         VideoError: it cannot be opened, or has no video.
+        OSError: the disk failed.
     """
     path = Path(path)
     if path.is_dir():
@@ -129,28 +132,11 @@ def read_header(path: str | Path, folder_fps: float = 24.0) -> Header:
     reason = why_no_file(path)
     if reason is not None:
         raise VideoError(f"{reason}: {path}")
-    with _opened(path) as (container, stream):
-        seconds = _seconds(container, stream)
+    with opened(path) as (container, stream):
+        seconds = video_seconds(container, stream)
         rate = stream.average_rate or stream.guessed_rate
         frames = stream.frames or (round(seconds * rate) if seconds and rate else None)
         return Header(seconds, frames)
-
-
-NOTHING = "there is nothing"
-
-
-def why_no_file(path: Path) -> str | None:
-    """Return why `path` is no file that can be read to its end, None if it is one."""
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        return "not a regular file (a link to nothing)" if path.is_symlink() else NOTHING
-    except OSError as error:
-        return f"cannot be reached ({error.strerror})"  # a loop of links, a folder that is locked
-    if stat.S_ISREG(mode):
-        return None
-    kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device"
-    return f"not a regular file ({kind})"
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -200,12 +186,12 @@ def _read_image(file: Path) -> NDArray[np.uint8]:
     try:
         data = file.read_bytes()
     except OSError as error:
-        if error.errno not in _LASTING:
+        if error.errno not in LASTING:
             raise
         raise VideoError(f"cannot be read ({error.strerror})") from error
     try:
-        with Image.open(BytesIO(data)) as header:  # decodes nothing yet
-            _check_size(*header.size)
+        with Image.open(io.BytesIO(data)) as header:  # decodes nothing yet
+            check_size(*header.size)
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     except VideoError:
         raise
@@ -216,44 +202,21 @@ def _read_image(file: Path) -> NDArray[np.uint8]:
     return np.asarray(image, dtype=np.uint8)
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    av = _import_av()
-    with ExitStack() as stack:
-        try:
-            # We read, not FFmpeg: to it a disk that fails is the end of the file, or, as a file cut
-            # off, an "I/O error". And it would take the name "a:b.mp4" for protocol "a".
-            file = stack.enter_context(path.open("rb", buffering=0))
-            # The limit also holds for what is decoded to learn what the header does not say.
-            container = stack.enter_context(av.open(file, options=_limits()))
-        except (av.FFmpegError, OSError, ValueError) as error:
-            raise VideoError(f"cannot be opened as video: {_reason(error)}") from error
-        if not container.streams.video:
-            raise VideoError("has no video stream")
-        stream = container.streams.video[0]
-        if stream.codec_context is None:
-            raise VideoError("no decoder for its codec in the installed PyAV")
-        yield container, stream
-
-
-def _limits() -> dict[str, str]:
-    return {"max_pixels": str(MAX_PIXELS)}
-
-
 def _read_video(path: Path, short_side: int | None, alive: Callable[[], object]) -> Iterator[Frame]:
-    av = _import_av()
-    with _opened(path) as (container, stream):
-        _check_size(stream.width, stream.height)
+    av = import_av()
+    with opened(path) as (container, stream):
+        check_size(stream.width, stream.height)
         # One thread: the workers fill the processor, and what FFmpeg makes of a damaged file would
         # otherwise depend on how its threads happen to run.
         stream.codec_context.thread_count = 1
         # The same limit for pictures that turn out larger than the header said.
-        stream.codec_context.options = _limits()
+        stream.codec_context.options = limits()
         damage: list[str] = []
         step = 1.0 / float(stream.average_rate or stream.guessed_rate or 25)
-        seconds, aspect = _seconds(container, stream), stream.sample_aspect_ratio
+        seconds, aspect = video_seconds(container, stream), stream.sample_aspect_ratio
         first: float | None = None
         last: float | None = None
+        hold = 0.0  # seconds: the longest that a frame is shown
         left_out = 0
         reformatter = av.video.reformatter.VideoReformatter()  # one: it keeps its tables
         for raw in _decode(av, container, stream, damage, alive):
@@ -263,10 +226,17 @@ def _read_video(path: Path, short_side: int | None, alive: Callable[[], object])
             time = raw.time
             if last is not None and (time is None or time <= last):
                 time = last + step  # no usable time stamp: count by the frame rate
+            hold = max(hold, _shown(raw, stream), (time or 0.0) - last if last is not None else 0.0)
             last = time or 0.0
             first = last if first is None else first
             share = min((last - first) / seconds, 1.0) if seconds else 0.0
             yield Frame(last, partial(_to_rgb, raw, short_side, aspect, reformatter), share)
+        promised = promised_seconds(container, stream)
+        if promised and first is not None and last is not None:
+            # To FFmpeg a Matroska file cut off anywhere, and an MP4 between two packets, is whole.
+            missing = promised - max(last, last - first) - hold
+            if missing > max(1.0, 0.1 * promised):
+                damage.append(f"its pictures end after {last:.1f} of {promised:.1f} s")
     if left_out:
         damage.append(f"{left_out} frame(s) damaged")
     if last is None:
@@ -293,7 +263,7 @@ def _decode(
         try:
             packet = next(packets, None)
         except av.FFmpegError as error:  # a file cut off: FFmpeg can't find more packets
-            damage.append(f"file ends early: {_reason(error)}")
+            damage.append(f"file ends early: {why(error)}")
             packet = None
         try:
             # Packet None asks the decoder for the frames that it still holds.
@@ -304,24 +274,23 @@ def _decode(
         except av.EOFError:  # demux has already sent the empty last packet
             pass
         except av.FFmpegError as error:
-            bad, reason, lost = bad + 1, _reason(error), True
+            bad, reason, lost = bad + 1, why(error), True
         if packet is None:
             break
     if bad:
         damage.append(f"{bad} packet(s) could not be decoded: {reason}")
 
 
-def _seconds(container: InputContainer, stream: VideoStream) -> float | None:
-    if stream.duration and stream.time_base:
-        return float(stream.duration * stream.time_base)
-    return container.duration / 1e6 if container.duration else None  # microseconds
+def _shown(raw: VideoFrame, stream: VideoStream) -> float:
+    duration = getattr(raw, "duration", 0)  # PyAV 14.4
+    return float(duration * stream.time_base) if duration and stream.time_base else 0.0
 
 
 def _to_rgb(
     raw: VideoFrame, short_side: int | None, aspect: Fraction | None, reformatter: VideoReformatter
 ) -> NDArray[np.uint8]:
     width, height = raw.width, raw.height
-    _check_size(width, height)
+    check_size(width, height)
     if aspect and aspect != 1 and 1 / 4 <= aspect <= 4:  # pixels that are not square
         if aspect > 1:
             height = max(round(height / aspect), 1)
@@ -337,30 +306,8 @@ def _to_rgb(
     return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
 
 
-def _check_size(width: int, height: int) -> None:
-    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
-        raise VideoError(
-            f"frames of {width} x {height} pixels are refused: more than {MAX_SIDE} a side or "
-            f"{MAX_PIXELS} in all, probably a damaged header"
-        )
-
-
 def _shrunk(width: int, height: int, short_side: int | None) -> tuple[int, int]:
     shorter = min(width, height)
     if short_side is None or shorter <= short_side:
         return width, height
     return round(width * short_side / shorter), round(height * short_side / shorter)
-
-
-def _reason(error: BaseException) -> str:
-    return str(getattr(error, "strerror", None) or error)
-
-
-def _import_av() -> ModuleType:
-    try:
-        import av
-        import av.logging
-    except ImportError as error:
-        raise ImportError("reading video files needs PyAV: pip install av") from error
-    av.logging.set_level(None)  # damage is reported by VideoError, not by lines on stderr
-    return av

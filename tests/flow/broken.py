@@ -31,6 +31,30 @@ def zero_the_middle(path):
     path.write_bytes(data)
 
 
+def place_of_pictures(data):
+    """Return where each picture of an MP4 lies, and behind the last."""
+    sizes = data.index(b"stsz")
+    count = struct.unpack_from(">I", data, sizes + 12)[0]
+    first = struct.unpack_from(">I", data, data.index(b"stco") + 12)[0]
+    return np.cumsum([first, *np.frombuffer(data, ">u4", count, sizes + 16)], dtype=np.int64)
+
+
+def point_into_nowhere(path, number=20):
+    """Say of one picture of an MP4 that it lies where no file has anything."""
+    data = bytearray(write_video(path, moving(40)).read_bytes())
+    places = place_of_pictures(data)[:-1].astype(">u8")
+    places[number] = 2**50
+    table = struct.pack(">I4sII", 16 + 8 * len(places), b"co64", 0, len(places)) + places.tobytes()
+    old = data.index(b"stco") - 4  # one place, of all pictures
+    data[old : old + 20] = table
+    for box in (b"moov", b"trak", b"mdia", b"minf", b"stbl"):
+        start = data.index(box) - 4
+        size = struct.unpack_from(">I", data, start)[0] + len(table) - 20
+        struct.pack_into(">I", data, start, size)
+    struct.pack_into(">I", data, data.index(b"stsc") + 16, 1)  # pictures a place
+    path.write_bytes(data)
+
+
 def claim_a_huge_size(path):
     images = moving(3, height=260, width=300)
     data = write_video(path, images, codec="rawvideo").read_bytes()

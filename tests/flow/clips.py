@@ -36,6 +36,7 @@ def write_video(
     codec="libx264",
     pix_fmt="yuv420p",
     aspect=None,
+    title=None,
     **encoder,
 ):
     """Write `frames`, H x W x 3 RGB, at `times` in seconds or evenly; `encoder`: its options."""
@@ -43,6 +44,8 @@ def write_video(
     if codec == "libx264":
         encoder = {"crf": "10", "preset": "ultrafast", "bf": "0", "g": "5"} | encoder
     with av.open(str(path), "w", options=options or {}) as out:
+        if title:
+            out.metadata["title"] = title
         stream = out.add_stream(codec, rate=fps)
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = pix_fmt

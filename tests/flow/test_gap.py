@@ -5,8 +5,8 @@ import pytest
 from clips import moving, texture
 
 from ssl_flow.flow import Frame
+from ssl_flow.flow.container import VideoError
 from ssl_flow.flow.gap import MAX_GAP, USABLE_MOTION, choose_gap
-from ssl_flow.flow.video import VideoError
 
 
 def video(images, fps=30.0, begin=0.0):

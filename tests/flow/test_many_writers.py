@@ -2,7 +2,10 @@
 
 import json
 import os
+import sys
 import threading
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,10 +15,11 @@ from test_store import contents, make_store, write_shard
 from ssl_flow.flow import FlowStore, StoreError, extract, find_sources, shard
 from ssl_flow.flow import store as store_module
 from ssl_flow.flow.command import flow_command
+from ssl_flow.flow.job import Settings, extract_source
 from ssl_flow.flow.lock import store_lock
 from ssl_flow.flow.merge import merge_stores
 from ssl_flow.flow.problems import ProblemList, read_problems
-from ssl_flow.flow.shard import BusyError, ShardWriter, open_temporary
+from ssl_flow.flow.shard import BusyError, ShardWriter, finished, open_temporary, shard_path
 from ssl_flow.flow.store import verify, write_lists
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="no locks there")
@@ -47,12 +51,45 @@ def test_parts_leave_the_lists_to_the_last_call(tmp_path, capsys):
     merge_stores([tmp_path / "s"], tmp_path / "s")
     assert FlowStore(tmp_path / "s", duplicates=False).sources == ["in/a.mp4"]
     merged = shard_bytes(tmp_path / "s")
+    (tmp_path / "s/manifest.jsonl").write_bytes(b"{}\n")  # as it was before the last part
+    with pytest.raises(StoreError, match=r"among 1 sources of the 4 .* run `ssl-flow merge"):
+        FlowStore(tmp_path / "s", duplicates=False)
     (tmp_path / "s/manifest.jsonl").unlink()
     assert flow_command([*flags, "--out", str(tmp_path / "s")]) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert shard_bytes(tmp_path / "s") == merged
     extract(find_sources([folder])[0], tmp_path / "whole")
     assert shard_bytes(tmp_path / "whole") == merged
+
+
+def test_what_another_call_has_just_finished_is_not_begun_again(tmp_path):
+    sources, _ = find_sources([write_video(tmp_path / "a.mp4", moving(4))])
+    settings = Settings("dis", {}, 48, 0.1, 0.1, False)
+    job = partial(extract_source, tick=lambda *_, **__: None, store=tmp_path, settings=settings)
+    done = job(sources[0])
+    before = shard_bytes(tmp_path)
+
+    def killed(short_side):
+        raise SystemExit
+
+    assert job(replace(sources[0], frames=killed)) == done
+    assert shard_bytes(tmp_path) == before
+    # Its folder would be the shard of another: no name for the store, but no reason to stop.
+    assert finished(tmp_path, f"{sources[0].name}.tar/b.mp4") is None
+    shard_path(tmp_path, sources[0].name).write_bytes(b"damaged")
+    with pytest.raises(SystemExit):
+        job(replace(sources[0], frames=killed))
+    assert FlowStore(make_store(tmp_path, [])).sources == []
+
+
+def test_of_two_calls_that_begin_one_store_the_first_one_decides(tmp_path, monkeypatch):
+    extract([], tmp_path / "s", size=48)
+    before = shard_bytes(tmp_path / "s")
+    # As the second one saw it before the first one wrote.
+    monkeypatch.setattr(sys.modules["ssl_flow.flow.extract"], "is_store", lambda store: False)
+    with pytest.raises(StoreError, match="made with size = 48"):
+        extract([], tmp_path / "s", size=64)
+    assert shard_bytes(tmp_path / "s") == before
 
 
 def test_a_part_without_any_pair_is_no_failure(tmp_path):
