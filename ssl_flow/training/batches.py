@@ -6,6 +6,7 @@ import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
 import torch
 from torch.utils.data import DataLoader, Sampler
 
@@ -58,7 +59,7 @@ def make_loader(
         num_workers=workers,
         pin_memory=world.device.type == "cuda",
         multiprocessing_context=_start_method() if workers else None,
-        worker_init_fn=ignore_stop_signals if workers else None,
+        worker_init_fn=_prepare_reader if workers else None,
         generator=torch.Generator(),  # the global one must not be drawn from at every start
     )
 
@@ -102,6 +103,11 @@ def synthetic_store(config: Config, path: Path) -> str:
     sources = synthetic_sources(config.data.videos, config.seed)
     extract(sources, path, method="farneback", size=128, gap=0.1, workers=2, progress=True)
     return str(path)
+
+
+def _prepare_reader(_: int) -> None:
+    ignore_stop_signals()
+    cv2.setNumThreads(1)  # the processes share the cores already
 
 
 def _start_method() -> str:

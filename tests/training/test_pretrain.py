@@ -148,7 +148,7 @@ def test_bad_input_is_told_in_one_line_before_any_work(tmp_path, capsys, argumen
         status = stop.code
     assert status == 2
     assert message in capsys.readouterr().err
-    assert not list(tmp_path.glob("*/checkpoints"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_amp_has_an_effect(store, tmp_path):
