@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import cv2
 import torch
@@ -62,6 +64,20 @@ def make_loader(
         worker_init_fn=_prepare_reader if workers else None,
         generator=torch.Generator(),  # the global one must not be drawn from at every start
     )
+
+
+@contextmanager
+def reading(loader: DataLoader[Window]) -> Iterator[Iterator[Windows]]:
+    """Iterate over a loader and end its processes, whatever happens.
+
+    They ignore the signal with which Python would end them at its exit, to wait for them forever.
+    """
+    batches: Any = iter(loader)
+    try:
+        yield batches
+    finally:
+        if loader.num_workers:
+            batches._shutdown_workers()
 
 
 def make_batch(windows: Windows, side: int, encoder: Encoder, config: Config) -> Batch:

@@ -37,6 +37,7 @@ from ssl_flow.training.batches import (
     make_loader,
     make_pairs,
     open_store,
+    reading,
     synthetic_store,
 )
 from ssl_flow.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
@@ -154,7 +155,7 @@ def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Enc
             flush=True,
         )
 
-    batches = iter(make_loader(config, pairs, world, progress.step))
+    loader = make_loader(config, pairs, world, progress.step)
     waited, logged_at, logged_step = 0.0, time.perf_counter(), progress.step
     bar = tqdm(
         range(progress.step, train.steps),
@@ -163,7 +164,8 @@ def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Enc
         disable=not world.is_main,
     )
     metrics = Metrics(run, progress.step) if world.is_main else None
-    with StopSignals() as stop, closing(metrics) if metrics else nullcontext():
+    logs = closing(metrics) if metrics else nullcontext()
+    with StopSignals() as stop, logs, reading(loader) as batches:
         for step in bar:
             # Dropout and the like depend on (seed, step, process): nothing to save or to disturb.
             torch.manual_seed(step_seed(config, step, world.rank))

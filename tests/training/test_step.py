@@ -1,5 +1,6 @@
 import copy
 import math
+import multiprocessing
 from dataclasses import replace
 
 import cv2
@@ -16,7 +17,14 @@ from ssl_flow.flow import FlowStore
 from ssl_flow.losses import CrossPixelFlowLoss
 from ssl_flow.models import create_encoder
 from ssl_flow.training import loop, pretrain
-from ssl_flow.training.batches import Share, crop_side, make_batch, make_loader, make_pairs
+from ssl_flow.training.batches import (
+    Share,
+    crop_side,
+    make_batch,
+    make_loader,
+    make_pairs,
+    reading,
+)
 from ssl_flow.training.distributed import World
 from ssl_flow.training.initial import checkpoint_activations, try_step
 from ssl_flow.training.step import (
@@ -224,10 +232,13 @@ class Threads(torch.utils.data.Dataset):
         return Window(frame, flow, cv2.getNumThreads() == 1, np.eye(3, 4))
 
 
-def test_processes_that_read_use_one_thread_each():
-    config = Config(data=DataConfig(workers=1), train=TrainConfig(steps=1, batch_size=2))
-    (windows,) = make_loader(config, Threads(), World(CPU), 0)
-    assert windows.flip.all()
+def test_processes_that_read_use_one_thread_each_and_end_whatever_happens():
+    config = Config(data=DataConfig(workers=1), train=TrainConfig(steps=9, batch_size=2))
+    loader = make_loader(config, Threads(), World(CPU), 0)
+    with pytest.raises(KeyboardInterrupt), reading(loader) as batches:
+        assert next(batches).flip.all()
+        raise KeyboardInterrupt
+    assert not multiprocessing.active_children()  # Python would wait for them at its exit
 
 
 def test_a_run_can_checkpoint_its_activations(store, tmp_path, finished, monkeypatch):
