@@ -156,7 +156,6 @@ def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Enc
         )
 
     loader = make_loader(config, pairs, world, progress.step)
-    waited, logged_at, logged_step = 0.0, time.perf_counter(), progress.step
     bar = tqdm(
         range(progress.step, train.steps),
         initial=progress.step,
@@ -166,6 +165,7 @@ def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Enc
     metrics = Metrics(run, progress.step) if world.is_main else None
     logs = closing(metrics) if metrics else nullcontext()
     with StopSignals() as stop, logs, reading(loader) as batches:
+        waited, logged_at, logged_step = 0.0, time.perf_counter(), progress.step
         for step in bar:
             # Dropout and the like depend on (seed, step, process): nothing to save or to disturb.
             torch.manual_seed(step_seed(config, step, world.rank))
