@@ -5,8 +5,8 @@
 
 Four loops take turns, round by round, so that a slow spell of the machine hits all alike:
 `backbone` (forward, backward, optimiser of timm's plain model), `encoder` (with head, loss a plain
-sum), `step` (what training does: loader, augmentation, loss, clipping, optimiser), and `loader`
-(batches alone). The same precision and memory format in all. Writes training_DEVICE.md and
+sum), `step` (the training loop's own make_batch and take_step on the loader's batches), and
+`loader` (batches alone). The same precision and memory format in all. Writes training_DEVICE.md and
 training_profile_DEVICE.png into benchmarks/results.
 """
 
@@ -29,12 +29,16 @@ import torch
 from flow_accuracy import cpu_model
 from torch.utils.data import DataLoader
 
-from ssl_flow.data.augment import Windows, augment, normalize_flow
-from ssl_flow.data.pairs import FlowPairs, collate
+from ssl_flow.config import Config, DataConfig, ModelConfig, TrainConfig
+from ssl_flow.data.augment import Windows
+from ssl_flow.data.pairs import Window
 from ssl_flow.data.synthetic import synthetic_sources
 from ssl_flow.flow import FlowStore, extract
 from ssl_flow.losses import CrossPixelFlowLoss
 from ssl_flow.models import create_encoder
+from ssl_flow.training.batches import make_batch, make_loader, make_pairs, reading
+from ssl_flow.training.distributed import World
+from ssl_flow.training.step import Objective, Shadow, make_optimizer, take_step
 
 SHARES = ["data wait", "augment", "forward", "loss", "backward", "optimizer"]
 
@@ -42,36 +46,43 @@ SHARES = ["data wait", "augment", "forward", "loss", "backward", "optimizer"]
 class Bench:
     """The loops, each a function that does one batch."""
 
-    def __init__(self, options: argparse.Namespace, store: FlowStore) -> None:
-        """Build models, optimisers and loader."""
+    def __init__(self, options: argparse.Namespace) -> None:
+        """Build models and optimisers."""
         self.options, self.device = options, torch.device(options.device)
+        self.world = World(self.device)
+        self.config = Config(
+            data=DataConfig(crop=options.crop, workers=options.workers),
+            model=ModelConfig(backbone=options.backbone),
+            train=TrainConfig(steps=10**6, batch_size=options.batch, learning_rate=1e-5),
+        )
         channels_last = torch.channels_last
         plain = timm.create_model(options.backbone, num_classes=0)
         self.plain = plain.to(self.device, memory_format=channels_last).train()
         encoder = create_encoder(options.backbone, embedding_dim=16)
         self.encoder = encoder.to(self.device).to(memory_format=channels_last).train()
-        self.loss = CrossPixelFlowLoss().to(self.device)
+        loss = CrossPixelFlowLoss().to(self.device)
+        self.objective = Objective(self.encoder, loss, torch.bfloat16 if options.amp else None)
+        self.buffers = Shadow(self.objective.buffers())
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
         shape = (options.batch, 3, options.crop, options.crop)
         noise = torch.randn(shape, device=self.device)
         self.noise = noise.contiguous(memory_format=channels_last)
         self.optimizers = {
-            model: torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-            for model in (self.plain, self.encoder)
+            model: make_optimizer(self.config, model) for model in (self.plain, self.encoder)
         }
-        self.batches = self._batches(store)
-        self.times = dict.fromkeys(SHARES, 0.0)  # of all steps so far, seconds
+        self.batches: Iterator[Windows] = iter(())
+        self.times = dict.fromkeys(SHARES, 0.0)  # of all logged steps so far, seconds
+        self.begun: float | None = None  # while a step is logged: when its part began
+        self.encoder.register_forward_hook(lambda *_: self._done("forward"))
+        loss.register_forward_hook(lambda *_: self._done("loss"))
+        optimizer = self.optimizers[self.encoder]
+        optimizer.register_step_pre_hook(lambda *_: self._done("backward"))
 
-    def _batches(self, store: FlowStore) -> Iterator[Windows]:
-        workers = self.options.workers
-        pairs = FlowPairs(store, 10**6 * self.options.batch)
-        yield from DataLoader(
-            pairs,
-            self.options.batch,
-            collate_fn=collate,
-            num_workers=workers,
-            pin_memory=self.device.type == "cuda",
-            multiprocessing_context="forkserver" if workers else None,
-        )
+    def _done(self, part: str) -> None:
+        if self.begun is not None:
+            now = self._now()
+            self.times[part] += now - self.begun
+            self.begun = now
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -101,34 +112,22 @@ class Bench:
         """A batch of windows, not augmented."""
         next(self.batches)
 
+    def loader(self) -> DataLoader[Window]:
+        """What `batches` comes from."""
+        pairs = make_pairs(self.config, FlowStore(self.options.store))
+        return make_loader(self.config, pairs, self.world, 0)
+
     def step(self, log: bool = False) -> None:
         """What training does; `log` waits for the device after each part and adds to `times`."""
-        begun = self._now() if log else 0.0
-
-        def done(part: str) -> None:
-            nonlocal begun
-            if log:
-                now = self._now()
-                self.times[part] += now - begun
-                begun = now
-
+        self.begun = self._now() if log else None
         windows = next(self.batches)
-        done("data wait")
-        pair = augment(windows.to(self.device), self.options.crop)
-        images = self.encoder.normalize(pair.image).contiguous(memory_format=torch.channels_last)
-        flow = normalize_flow(pair.flow, pair.weight)
-        done("augment")
-        with self._autocast():
-            embedding = self.encoder(images)
-        done("forward")
-        loss = self.loss(embedding, flow, pair.weight)
-        done("loss")
-        loss.backward()
-        done("backward")
-        torch.nn.utils.clip_grad_norm_(self.encoder.parameters(), 1.0)
-        self.optimizers[self.encoder].step()
-        self.optimizers[self.encoder].zero_grad()
-        done("optimizer")
+        self._done("data wait")
+        batch = make_batch(windows, self.options.crop, self.encoder, self.config)
+        self._done("augment")
+        optimizer = self.optimizers[self.encoder]
+        take_step(self.objective, batch, optimizer, self.scaler, 1, self.world, self.buffers)
+        self._done("optimizer")
+        self.begun = None
 
     def images_per_second(self, function: Callable[[], None], batches: int) -> float:
         """Of a few batches, one after the other; of the loader always by the clock on the wall."""
@@ -136,6 +135,7 @@ class Bench:
         if loads:
             for _ in range(2 * self.options.workers):  # those that lie ready come for nothing
                 function()
+            batches = max(batches, 4 * self.options.workers)  # the workers deliver in waves
         now = time.perf_counter if loads else self._now
         begun = now()
         for _ in range(batches):
@@ -209,7 +209,7 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> str:
     """Run the loops and return the report."""
-    bench = Bench(options, FlowStore(options.store))
+    bench = Bench(options)
     loops = {
         "backbone": bench.backbone_step,
         "encoder": bench.encoder_step,
@@ -217,13 +217,14 @@ def measure(options: argparse.Namespace) -> str:
         "loader": bench.loader_step,
     }
     rates: dict[str, list[float]] = {name: [] for name in loops}
-    for function in loops.values():
-        bench.images_per_second(function, 2)  # warm up
-    for _ in range(options.rounds):
-        for name, function in loops.items():
-            rates[name].append(bench.images_per_second(function, options.batches))
-        for _ in range(options.batches):
-            bench.step(log=True)
+    with reading(bench.loader()) as bench.batches:
+        for function in loops.values():
+            bench.images_per_second(function, 2)  # warm up
+        for _ in range(options.rounds):
+            for name, function in loops.items():
+                rates[name].append(bench.images_per_second(function, options.batches))
+            for _ in range(options.batches):
+                bench.step(log=True)
     lines = ["| loop | images/s | of the bare backbone (min .. max) |\n|---|---|---|"]
     for name, found in rates.items():
         ratios = [a / b for a, b in zip(found, rates["backbone"], strict=True)]
@@ -234,7 +235,10 @@ def measure(options: argparse.Namespace) -> str:
     total = sum(bench.times.values())
     shares = {name: seconds / total for name, seconds in bench.times.items()}
     count = options.rounds * options.batches
-    lines.append("\n| part of a step | ms | share |\n|---|---|---|")
+    lines.append(
+        "\nBatches lie ready when a round begins: a long run is as fast as the slower of step and "
+        "loader.\n\n| part of a step | ms | share |\n|---|---|---|"
+    )
     for name, share in shares.items():
         lines.append(f"| {name} | {1e3 * bench.times[name] / count:.1f} | {share:.3f} |")
     cuda = bench.device.type == "cuda"

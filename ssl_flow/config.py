@@ -29,7 +29,7 @@ class DataConfig:
     start_crop: int = 0
     """Side at the start, grows in steps of 32 to `crop` in two thirds of the run; 0 = off."""
     min_scale: float = 0.3
-    """Smallest crop as a fraction of the frame's area; 1 = the whole shorter side."""
+    """Smallest crop as a fraction of the area of the largest square in the frame."""
     color_jitter: float = 0.4
     """Strength of brightness, contrast, saturation and hue changes; 0 = none."""
     workers: int = 1
@@ -160,7 +160,7 @@ class Config:
             ("train.warmup", 0 <= self.train.warmup < 1, "in [0, 1)"),
             ("train.log_every", self.train.log_every >= 1, "1 or more"),
             ("train.checkpoint_every", self.train.checkpoint_every >= 1, "1 or more"),
-            ("seed", self.seed >= 0, "0 or more"),
+            ("seed", 0 <= self.seed < 2**63, "in [0, 2**63)"),
             ("evaluation.seeds", self.evaluation.seeds >= 1, "1 or more"),
             ("evaluation.every", self.evaluation.every >= 0, "0 or more"),
         ]
@@ -179,7 +179,8 @@ def load_config(name: str) -> Config:
 
     Raises:
         FileNotFoundError: neither a file nor a preset; lists the presets.
-        ValueError: an unknown key (names the nearest known one) or a value of the wrong type.
+        ValueError: not YAML, a key twice, an unknown key (names the nearest known one) or a value
+            of the wrong type.
     """
     path = Path(name)
     if not path.is_file():
@@ -190,7 +191,10 @@ def load_config(name: str) -> Config:
                 f"{', '.join(sorted(presets))}"
             )
         path = presets[name]
-    loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
     config: Config = _build(Config, loaded, str(path), "")
     return config
 
@@ -210,6 +214,17 @@ def preset_files() -> dict[str, Path]:
     packaged = here / "configs"
     folder = packaged if packaged.is_dir() else here.parent / "configs"
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:  # YAML would silently take the last one
+                raise yaml.YAMLError(f"the key {name!r} is there twice\n{key.start_mark}")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
 
 
 def _build(kind: Any, values: Any, source: str, prefix: str) -> Any:  # noqa: ANN401

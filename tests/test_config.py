@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -41,6 +42,28 @@ def test_every_preset_says_what_it_is_for(name):
     assert all(line.startswith("#") for line in comment.splitlines()) and len(comment) > 60
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_numbers_in_a_preset_s_comment_are_its_own(name):
+    comment, train = preset_files()[name].read_text(), load_config(name).train
+    for millions in re.findall(r"for ([0-9.]+) million crops", comment):
+        assert float(millions) * 1e6 == train.steps * train.batch_size
+    for processes, share, step in re.findall(
+        r"(\d+) processes of (\d+) crops, (\d+) crops a step", comment
+    ):
+        assert int(processes) * int(share) == int(step) == train.batch_size
+    assert name != "multi_gpu" or "8 processes of 32 crops" in comment
+    for base, step, one in re.findall(r"'s ([0-9.e-]+) times sqrt\((\d+) / (\d+)\)", comment):
+        default = load_config("default").train
+        assert (float(base), int(one)) == (default.learning_rate, default.batch_size)
+        assert int(step) == train.batch_size
+        assert train.learning_rate == pytest.approx(float(base) * (int(step) / int(one)) ** 0.5)
+    for size, rate in re.findall(
+        r"--train.batch-size (\d+) --train.learning-rate ([\d.e-]+\d)", comment
+    ):
+        scaled = train.learning_rate * (int(size) / train.batch_size) ** 0.5
+        assert float(rate) == pytest.approx(scaled, rel=0.02)
+
+
 def test_round_trip(tmp_path):
     config = dataclasses.replace(Config(), seed=7)
     save_config(config, tmp_path / "c.yaml")
@@ -56,6 +79,12 @@ def test_round_trip(tmp_path):
         ("train: 3", "train holds 3; expected keys"),
         ("loss: {objective: mse}", "expected one of cross_entropy"),
         ("data: {crop: 100}", "data.crop is 100; expected a multiple of 32"),
+        ("seed: 9223372036854775808", "seed is 9223372036854775808; expected in"),
+        ("data: {crop: 64", r"bad\.yaml is not YAML: .*(\n.*)*line 1"),
+        ("data: {crop: \x07}", r"bad\.yaml is not YAML: "),
+        ("seed: 1\nseed: 2", r"bad\.yaml is not YAML: the key 'seed' is there twice(\n.*)*line 2"),
+        ("data: {crop: 64, workers: 1, crop: 96}", "the key 'crop' is there twice"),
+        ("? [1, 2]\n: 3", r"bad\.yaml is not YAML: .*(\n.*)*unhashable"),
     ],
 )
 def test_bad_files_name_the_key_and_the_mend(tmp_path, text, message):

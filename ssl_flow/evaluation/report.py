@@ -181,6 +181,11 @@ def _problems(log: RunLog) -> list[str]:
             f"Not finished (running, or interrupted): {log.summary or 'nothing logged'}. "
             f"If it was interrupted: ssl-flow train --resume {log.folder}"
         )
+    elif log.rows and log.rows[-1]["step"] < log.config.get("train.steps", 0):
+        found.append(
+            f"Not finished, being made longer: {log.summary}. The encoder and the linear probe are "
+            f"those of the shorter run. If it was interrupted: ssl-flow train --resume {log.folder}"
+        )
     if skipped := sum(log.curve("skipped_steps")[1][-1:]):
         found.append(f"Steps skipped because loss or gradient was not finite: {skipped:g}.")
     if bad := sum("loss" in row and not is_number(row["loss"]) for row in log.rows):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import cv2
 import torch
 from torch.utils.data import DataLoader, Sampler
 
@@ -58,9 +61,23 @@ def make_loader(
         num_workers=workers,
         pin_memory=world.device.type == "cuda",
         multiprocessing_context=_start_method() if workers else None,
-        worker_init_fn=ignore_stop_signals if workers else None,
+        worker_init_fn=_prepare_reader if workers else None,
         generator=torch.Generator(),  # the global one must not be drawn from at every start
     )
+
+
+@contextmanager
+def reading(loader: DataLoader[Window]) -> Iterator[Iterator[Windows]]:
+    """Iterate over a loader and end its processes, whatever happens.
+
+    They ignore the signal with which Python would end them at its exit, to wait for them forever.
+    """
+    batches: Any = iter(loader)
+    try:
+        yield batches
+    finally:
+        if loader.num_workers:
+            batches._shutdown_workers()
 
 
 def make_batch(windows: Windows, side: int, encoder: Encoder, config: Config) -> Batch:
@@ -102,6 +119,11 @@ def synthetic_store(config: Config, path: Path) -> str:
     sources = synthetic_sources(config.data.videos, config.seed)
     extract(sources, path, method="farneback", size=128, gap=0.1, workers=2, progress=True)
     return str(path)
+
+
+def _prepare_reader(_: int) -> None:
+    ignore_stop_signals()
+    cv2.setNumThreads(1)  # the processes share the cores already
 
 
 def _start_method() -> str:

@@ -34,6 +34,8 @@ class Progress:
     """What was logged since the last checkpoint of the quantity that decides which is the best."""
     best: float = -math.inf
     """Quality of `best.pt`: the higher, the better."""
+    normalization: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """`mean` and `std` of the encoder's images, which start weights may have brought."""
 
 
 def save_checkpoint(
@@ -95,6 +97,8 @@ def load_checkpoint(run: Path, parts: Mapping[str, Any]) -> Progress:
                 if content[name]:  # a scaler that was off has no state
                     part.load_state_dict(content[name])
             return Progress(**content["progress"])
+        except torch.OutOfMemoryError:
+            raise
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} does not fit {run / 'config.yaml'}: {error}") from error
     if refused:
@@ -107,6 +111,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         content["progress"]["step"]
+    except MemoryError:
+        raise
     except Exception as error:  # each kind of damage has its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is damaged or no checkpoint ({reason})") from error

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ssl_flow.config import Config
 from ssl_flow.models import Encoder, load_encoder
+from ssl_flow.models.encoder import Normalization
 from ssl_flow.training.checkpoint import read_checkpoint
 from ssl_flow.training.safety import MemoryAdvice, explain_out_of_memory
 from ssl_flow.training.step import Objective
@@ -25,13 +26,14 @@ def initialize(encoder: Encoder, spec: str) -> str:
             of a run. A lone file may hold a backbone alone (timm's names) or an encoder.
 
     Returns:
-        A report: how many keys were taken, which stay random, which have no place here.
+        A report: how many keys were taken, which stay random, which have no place here; how images
+        are normalised, which the source decides where it says so (a lone file does not).
 
     Raises:
         FileNotFoundError, WeightsError: nothing there.
         ValueError: a shape differs, or no key fits.
     """
-    given, wanted = _weights(spec), encoder.state_dict()
+    (given, normalization), wanted = _weights(spec), encoder.state_dict()
     taken = {name: given[name] for name in wanted if name in given}
     wrong = [
         f"{name} is {tuple(value.shape)}, here {tuple(wanted[name].shape)}"
@@ -54,23 +56,30 @@ def initialize(encoder: Encoder, spec: str) -> str:
         if names:
             more = f", ... ({len(names)})" if len(names) > 4 else ""
             lines.append(f"  {title}: {', '.join(names[:4])}{more}")
+    encoder.normalization = normalization or encoder.normalization
+    lines.append(
+        f"  images: mean {encoder.normalization.mean}, standard deviation "
+        f"{encoder.normalization.std}, {'the source' if normalization else 'this backbone'}'s own"
+    )
     return "\n".join(lines)
 
 
-def _weights(spec: str) -> dict[str, Tensor]:
+def _weights(spec: str) -> tuple[dict[str, Tensor], Normalization | None]:
     path = Path(spec)
     if path.suffix in (".pt", ".safetensors") and not path.is_file():
         raise FileNotFoundError(f"--init-from: no file {spec}")
     if path.suffix == ".pt":
         content = read_checkpoint(path)
-        weights: dict[str, Tensor] = content.get("average") or content["encoder"]
-        return weights
+        images = content["progress"].get("normalization")
+        average: dict[str, Tensor] | None = content.get("average")
+        return average or content["encoder"], Normalization(**images) if images else None
     if path.suffix == ".safetensors":
         weights = load_file(path)
         if not any(name.startswith("backbone.") for name in weights):
             weights = {f"backbone.{name}": value for name, value in weights.items()}
-        return weights
-    return load_encoder(spec).state_dict()
+        return weights, None
+    encoder = load_encoder(spec)
+    return encoder.state_dict(), encoder.normalization
 
 
 def checkpoint_activations(encoder: Encoder, side: int) -> None:

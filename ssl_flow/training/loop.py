@@ -4,7 +4,7 @@
     python train.py small --data.store STORE --evaluation.data camvid:PATH
     python train.py --resume runs/NAME      # go on with an interrupted run
     python train.py --resume runs/NAME --train.steps 2000               # make a run longer
-    torchrun --nproc-per-node 8 train.py small --data.store STORE       # one process a GPU
+    torchrun --nproc-per-node 8 train.py multi_gpu --data.store STORE   # one process a GPU
 
 One run folder holds everything: config.yaml, metrics.jsonl, tensorboard/, checkpoints/ (to resume),
 encoder/ (to import), pictures/, results.json, report.html.
@@ -15,6 +15,8 @@ from __future__ import annotations
 import copy
 import math
 import time
+from contextlib import closing, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -28,12 +30,14 @@ from ssl_flow.data.augment import augment
 from ssl_flow.data.pairs import collate
 from ssl_flow.losses import CrossPixelFlowLoss
 from ssl_flow.models import Encoder, create_encoder, save_encoder
+from ssl_flow.models.encoder import Normalization
 from ssl_flow.training.batches import (
     crop_side,
     make_batch,
     make_loader,
     make_pairs,
     open_store,
+    reading,
     synthetic_store,
 )
 from ssl_flow.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
@@ -54,9 +58,11 @@ from ssl_flow.training.score import online_probe, score_run
 from ssl_flow.training.step import (
     Batch,
     Objective,
+    Shadow,
     amp_type,
     learning_rate,
     make_optimizer,
+    step_seed,
     take_step,
     update_average,
 )
@@ -80,17 +86,18 @@ def pretrain(config: Config, resume: Path | None = None) -> Path:
     """
     if resume is not None:
         check_same_run(config, resume)
-    with join_world(config.device) as world:
-        score = score_run(config, world.device)  # checks the labelled data now, probes at the end
-        run, judged = _train(config, resume, world)
-    if world.is_main:
-        save_encoder(judged, run / "encoder")
-        score(judged, run)
+    with explain_out_of_memory(config):
+        with join_world(config.device) as world:
+            score = score_run(config, world.device)  # checks the labelled data, probes at the end
+            run, judged = _train(config, resume, world)
+        if world.is_main:
+            save_encoder(judged, run / "encoder")
+            score(judged, run)
     return run
 
 
 def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Encoder]:
-    """The run folder and the trained encoder (the averaged one with `train.ema`)."""
+    """The run folder and, in process 0, the encoder to keep: with `train.ema` the averaged one."""
     # 1. What can be refused is refused now.
     device, train, share = world.device, config.train, _share(config, world)
     probe = online_probe(config)
@@ -116,9 +123,15 @@ def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Enc
     scaler = torch.amp.GradScaler(device.type, enabled=objective.amp_type == torch.float16)
     parts = {"encoder": encoder, "loss": loss_function, "optimizer": optimizer, "scaler": scaler}
     judged = encoder
-    if train.ema:
+    if train.ema and world.is_main:
         judged = parts["average"] = copy.deepcopy(encoder).eval().requires_grad_(False)
     progress = load_checkpoint(run, parts)
+    if progress.normalization:
+        encoder.normalization = judged.normalization = Normalization(**progress.normalization)
+    progress.normalization = asdict(encoder.normalization)
+    # A checkpoint brings its own, config.yaml may have been edited.
+    for group, decay in zip(optimizer.param_groups, (train.weight_decay, 0.0), strict=True):
+        group["weight_decay"] = decay
 
     # 4. The same module, faster.
     if world.size > 1 and train.sync_batchnorm:
@@ -129,8 +142,9 @@ def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Enc
     module: nn.Module = objective
     if world.size > 1:
         module = DistributedDataParallel(objective, [device] if device.type == "cuda" else None)
+    buffers = Shadow(objective.buffers())
+    average = Shadow(encoder.state_dict().values(), judged.state_dict().values())
 
-    metrics = Metrics(run, progress.step) if world.is_main else None
     shown = collate([pairs[k] for k in range(min(8, train.batch_size))])
     still = augment(shown.to(device), config.data.crop)
     if world.is_main:
@@ -141,18 +155,20 @@ def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Enc
             flush=True,
         )
 
-    batches = iter(make_loader(config, pairs, world, progress.step))
-    waited, logged_at, logged_step = 0.0, time.perf_counter(), progress.step
+    loader = make_loader(config, pairs, world, progress.step)
     bar = tqdm(
         range(progress.step, train.steps),
         initial=progress.step,
         total=train.steps,
         disable=not world.is_main,
     )
-    with StopSignals() as stop, explain_out_of_memory(config):
+    metrics = Metrics(run, progress.step) if world.is_main else None
+    logs = closing(metrics) if metrics else nullcontext()
+    with StopSignals() as stop, logs, reading(loader) as batches:
+        waited, logged_at, logged_step = 0.0, time.perf_counter(), progress.step
         for step in bar:
             # Dropout and the like depend on (seed, step, process): nothing to save or to disturb.
-            torch.manual_seed((config.seed * 1_000_003 + step) * 65536 + world.rank)
+            torch.manual_seed(step_seed(config, step, world.rank))
             started = time.perf_counter()
             windows = next(batches)
             waited += time.perf_counter() - started
@@ -160,14 +176,14 @@ def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Enc
             batch = make_batch(windows, side, encoder, config)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
-            result = take_step(module, batch, optimizer, scaler, train.accumulate, world)
+            result = take_step(module, batch, optimizer, scaler, train.accumulate, world, buffers)
 
             done = progress.step = step + 1
             last = done == train.steps
             if result.taken:
                 progress.bad_in_a_row = 0
-                if train.ema:
-                    update_average(judged, encoder, train.ema, step)
+                if judged is not encoder:
+                    update_average(average, train.ema, step)
             else:
                 progress.skipped += 1
                 # float16 overflows now and then until its scale has come down: that is no error.
@@ -214,18 +230,20 @@ def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Enc
                     progress.window.append(-excess)
 
             probes = probe is not None and (done % config.evaluation.every == 0 or last)
-            if probes and probe and metrics:
-                scores = probe(judged)
-                metrics.write({"step": done, **scores})
-                progress.window = [scores["probe_miou"]]
+            due = done % train.checkpoint_every == 0 or probes or last
             number = world.largest(stop.number)
-            if metrics and (done % train.checkpoint_every == 0 or probes or last or number):
-                save_checkpoint(run, progress, parts, judge=not number)
+            if metrics and (due or number):
+                paused = time.perf_counter()
+                save_checkpoint(run, progress, parts, judge=due)
+                if probes and probe and (scores := probe(judged)):
+                    metrics.write({"step": done, **scores})
+                    progress.window = [scores["probe_miou"]]
+                    save_checkpoint(run, progress, parts)  # now with its judgement
                 metrics.picture(done, embedding_sheet(judged, still), run / "pictures")
+                logged_at += time.perf_counter() - paused  # images_per_second is of the steps
             if number and not last:
+                world.from_main(lambda: None)  # torchrun ends all as soon as one process ends
                 raise Interrupted(number, run, done, train.steps)
-    if metrics:
-        metrics.close()
     return run, judged
 
 

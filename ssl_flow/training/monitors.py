@@ -77,7 +77,8 @@ def pca_rgb(embedding: Tensor) -> np.ndarray:
     With D = 2 the third colour stays dark.
     """
     batch, dim, height, width = embedding.shape
-    pixels = embedding.detach().float().cpu().permute(0, 2, 3, 1).reshape(-1, dim)
+    embedding = embedding.detach().float().cpu().nan_to_num()  # a decomposition of NaN raises
+    pixels = embedding.permute(0, 2, 3, 1).reshape(-1, dim)
     pixels = pixels - pixels.mean(0)
     _, basis = torch.linalg.eigh(pixels.T @ pixels)  # ascending
     projected = pixels @ basis[:, -3:].flip(1)

@@ -75,7 +75,7 @@ class StopSignals:
             signal.signal(number, self._before[number])
 
 
-def ignore_stop_signals(_: int = 0) -> None:
+def ignore_stop_signals() -> None:
     """For processes that read data: signals reach the whole group, the main process decides."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -96,6 +96,9 @@ def explain_out_of_memory(config: Config) -> Iterator[None]:
         if not known and not any(sign in str(error) for sign in signs):
             raise
         train = config.train
+        probes = (
+            "; in a linear probe: evaluation.every 0, or evaluation.data none and `ssl-flow probe`"
+        )
         raise MemoryAdvice(
             "out of memory. Less is needed with: a higher train.accumulate (now "
             f"{train.accumulate} parts of a train.batch_size of {train.batch_size}; the result is "
@@ -103,6 +106,7 @@ def explain_out_of_memory(config: Config) -> Iterator[None]:
             f"{config.data.crop}); "
             f"train.checkpoint_activations true (now {str(train.checkpoint_activations).lower()}); "
             f"train.amp bfloat16 or float16 (now {train.amp})"
+            f"{probes if config.evaluation.data != 'none' else ''}"
         ) from error
 
 

@@ -26,7 +26,8 @@ _ONLINE = LinearProbe(pixels_per_image=256, batch_pixels=2048, steps=100)
 def online_probe(config: Config) -> Callable[[Encoder], dict[str, float]] | None:
     """A short linear probe on a part of the labelled images, to follow a run with.
 
-    It leaves the encoder, BatchNorm and the global random state as they are. None when it is off
+    It leaves the encoder, BatchNorm and the global random state as they are; where it cannot be
+    fitted (features that are not finite) it prints why and gives no numbers. None when it is off
     (`evaluation.every`, `evaluation.data`).
     """
     spec = config.evaluation.data
@@ -36,7 +37,11 @@ def online_probe(config: Config) -> Callable[[Encoder], dict[str, float]] | None
     test = _spread(open_segmentation(spec, "test"), 32)
 
     def probe(encoder: Encoder) -> dict[str, float]:
-        result = run_linear_probe(encoder, train, test, _ONLINE, examples=0, progress=False)
+        try:
+            result = run_linear_probe(encoder, train, test, _ONLINE, examples=0, progress=False)
+        except ValueError as error:
+            print(f"online probe left out: {error}", flush=True)
+            return {}
         return {"probe_miou": result.miou, "probe_pixel_accuracy": result.pixel_accuracy}
 
     return probe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -39,6 +40,33 @@ class Step(NamedTuple):
     """(B, D, H/4, W/4) of this process's images, detached."""
 
 
+class Shadow:
+    """Copies that follow a module's tensors; listed once, so that a few kernels serve them all."""
+
+    def __init__(self, live: Iterable[Tensor], own: Iterable[Tensor] | None = None) -> None:
+        """`live` must be changed in place from now on; `own` are the copies, None = new ones."""
+        live = [tensor.detach() for tensor in live]
+        own = [tensor.clone() for tensor in live] if own is None else [t.detach() for t in own]
+        self._groups: list[tuple[list[Tensor], list[Tensor]]] = []
+        for floating in (True, False):  # a kernel for lists takes one type
+            numbers = [i for i, tensor in enumerate(live) if tensor.is_floating_point() == floating]
+            if numbers:
+                self._groups.append(([own[i] for i in numbers], [live[i] for i in numbers]))
+
+    def follow(self, share: float = 1.0) -> None:
+        """own <- own + share (live - own); what is not floating-point is copied."""
+        for own, live in self._groups:
+            if share < 1 and own[0].is_floating_point():
+                torch._foreach_lerp_(own, live, share)
+            else:
+                torch._foreach_copy_(own, live)
+
+    def restore(self) -> None:
+        """live <- own."""
+        for own, live in self._groups:
+            torch._foreach_copy_(live, own)
+
+
 class Objective(nn.Module):
     """Images and flow -> loss and embedding: the module that is distributed and differentiated."""
 
@@ -64,6 +92,7 @@ def take_step(
     scaler: torch.amp.GradScaler,
     accumulate: int,
     world: World,
+    buffers: Shadow,
 ) -> Step:
     """Forward, backward and update; or nothing at all where a number is not finite.
 
@@ -75,10 +104,11 @@ def take_step(
         accumulate: parts in which the batch is computed. The loss is a mean over images, so the
             gradient is that of the whole batch (but for BatchNorm, which sees the parts).
         world: the processes, over which loss and gradient are averaged.
+        buffers: of the objective's.
     """
     optimizer.zero_grad(set_to_none=True)
     # BatchNorm counts a batch in the forward pass; a skipped one must not stay in it.
-    buffers = {name: buffer.clone() for name, buffer in objective.named_buffers()}
+    buffers.follow()
     losses, embeddings = [], []
     parts = zip(*(tensor.chunk(accumulate) for tensor in batch), strict=True)
     for number, part in enumerate(parts, start=1):
@@ -97,7 +127,7 @@ def take_step(
     if taken:
         scaler.step(optimizer)
     else:
-        objective.load_state_dict(buffers, strict=False)
+        buffers.restore()
     scaler.update()
     return Step(value, norm, taken, torch.cat(embeddings))
 
@@ -126,6 +156,11 @@ def make_optimizer(config: Config, module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=config.train.learning_rate, fused=True)
 
 
+def step_seed(config: Config, step: int, rank: int) -> int:
+    """Of the random numbers of step 0, 1, ... in a process, below 2**63 as PyTorch wants it."""
+    return ((config.seed * 1_000_003 + step) * 65536 + rank) % 2**63
+
+
 def learning_rate(config: Config, step: int) -> float:
     """Of step 0, 1, ...: linear warm-up, then half a cosine to zero."""
     steps, rising = config.train.steps, config.train.warmup * config.train.steps
@@ -135,13 +170,9 @@ def learning_rate(config: Config, step: int) -> float:
     return config.train.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
 
 
-@torch.no_grad()
-def update_average(average: nn.Module, module: nn.Module, decay: float, step: int) -> None:
-    """average <- decay average + (1 - decay) module, buffers too, after step 0, 1, ...
+def update_average(average: Shadow, decay: float, step: int) -> None:
+    """average <- decay average + (1 - decay) live, after step 0, 1, ...
 
     The decay is at most (1 + step) / (10 + step), so that the start is soon forgotten.
     """
-    share = 1 - min(decay, (1 + step) / (10 + step))
-    new = module.state_dict()
-    for name, mean in average.state_dict().items():
-        mean.lerp_(new[name], share) if mean.is_floating_point() else mean.copy_(new[name])
+    average.follow(1 - min(decay, (1 + step) / (10 + step)))

@@ -111,6 +111,23 @@ def test_a_window_is_the_same_whatever_else_is_in_the_batch():
         torch.testing.assert_close(alone.weight[0], together.weight[i])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_makes_the_same_crops():
+    rng = np.random.default_rng(0)
+    windows = []
+    for height, width, flip in [(40, 50, True), (150, 133, False), (30, 170, True)]:
+        flow = rng.normal(0, 5, (height, width, 2)).astype(np.float32)
+        valid = rng.uniform(size=(height, width)) > 0.3
+        color = rng.uniform(0, 0.6, (3, 4))
+        windows.append(window(textured(height, width), flow, valid, flip, color))
+    batch = collate(windows)
+    here, there = augment(batch, 64), augment(batch.to(torch.device("cuda")), 64)
+    assert (here.image.int() - there.image.cpu().int()).abs().max() <= 1
+    torch.testing.assert_close(there.flow.cpu(), here.flow, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(there.weight.cpu(), here.weight, rtol=0, atol=1e-4)
+
+
 def test_grid_flow_is_the_area_average_of_the_pixel_flow():
     flow = np.random.default_rng(0).integers(-99, 99, (64, 64, 2)).astype(np.float32) / 16
     grid, _ = augment_flow(flow)

@@ -53,6 +53,16 @@ def test_a_whole_run(tmp_path):
     assert sorted(p.name for p in (run / "pictures").iterdir())[0] == "curves.png"  # no leftovers
 
 
+def test_a_finished_run_that_is_made_longer_is_told_from_a_finished_one(tmp_path):
+    run = make_run(tmp_path, [*LINES, {"step": 9, "loss": 2}])
+    (run / "encoder").mkdir()
+    (run / "encoder/config.json").write_text("{}")
+    assert "Not finished" not in write_report(run).read_text()
+    (run / "config.yaml").write_text("train: {steps: 20}\n")
+    html = write_report(run).read_text()
+    assert "being made longer: 9 of 20 steps" in html and "those of the shorter run" in html
+
+
 def test_every_element_is_closed(tmp_path):
     stack = []
 

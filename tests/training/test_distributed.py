@@ -44,6 +44,8 @@ def test_two_processes_learn_what_one_does_and_one_goes_on_with_their_run(tmp_pa
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=120)
     assert printed.count("SIGTERM at step") == 1, printed  # process 0 alone speaks
+    for rank in range(2):  # none leaves before the checkpoint is there
+        assert f"process {rank} ends with 143, checkpoints: 1" in printed, printed
     (run,) = (tmp_path / "two").iterdir()
     by_two = len(lines(run))
     assert 6 <= by_two < 12

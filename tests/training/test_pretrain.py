@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -13,7 +14,7 @@ import ssl_flow
 from ssl_flow.config import Config, DataConfig, EvaluationConfig, TrainConfig
 from ssl_flow.evaluation import LinearProbe
 from ssl_flow.flow import FlowStore
-from ssl_flow.training import pretrain, score, train_command
+from ssl_flow.training import loop, pretrain, score, train_command
 from ssl_flow.training.step import learning_rate
 
 
@@ -148,7 +149,7 @@ def test_bad_input_is_told_in_one_line_before_any_work(tmp_path, capsys, argumen
         status = stop.code
     assert status == 2
     assert message in capsys.readouterr().err
-    assert not list(tmp_path.glob("*/checkpoints"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_amp_has_an_effect(store, tmp_path):
@@ -193,6 +194,26 @@ def test_the_whole_job_on_synthetic_videos(tmp_path, capsys, monkeypatch):
         assert (run / "pictures" / f"probe_{name}.png").is_file()
         assert f"{results[name]['miou']:.4f}" in (run / "report.html").read_text()
     assert len(FlowStore(run / "flow")) > 0
+
+
+def test_speed_is_that_of_the_steps_alone(store, tmp_path, monkeypatch):
+    clock = [0.0]
+
+    def lasting(seconds, name):
+        real = getattr(loop, name)
+
+        def slow(*arguments, **options):
+            clock[0] += seconds
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(loop, name, slow)
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    for name, seconds in [("take_step", 1), ("save_checkpoint", 100), ("embedding_sheet", 10)]:
+        lasting(seconds, name)
+    rows = lines(pretrain(tiny(store, tmp_path, checkpoint_every=3)))
+    assert [row["images_per_second"] for row in rows] == [4, 4, 4]
+    assert [row["data_wait"] for row in rows] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(25, 0.1), (10, 0.0), (7, 0.5)])

@@ -15,8 +15,14 @@ import yaml
 from tiny import lines, tiny
 
 from ssl_flow.config import load_config, save_config
-from ssl_flow.training import pretrain, train_command
-from ssl_flow.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from ssl_flow.training import loop, pretrain, train_command
+from ssl_flow.training.checkpoint import (
+    Progress,
+    load_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
+from ssl_flow.training.safety import Interrupted
 from ssl_flow.training.step import learning_rate
 
 TIMES = {"images_per_second", "data_wait"}
@@ -109,6 +115,48 @@ def test_the_last_two_checkpoints_and_the_best_are_kept(killed):
     best = torch.load(runs["whole"] / "checkpoints" / "best.pt", weights_only=True)["progress"]
     assert best["best"] == pytest.approx(-min(means))
     assert best["step"] == windows[means.index(min(means))][-1]["step"]
+
+
+def test_a_signal_at_a_step_that_saves_anyway_does_not_spoil_the_choice_of_the_best(
+    store, tmp_path, finished, monkeypatch
+):
+    real, calls, closed = loop.make_batch, [], []
+
+    def stop_at_four(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "make_batch", stop_at_four)
+    monkeypatch.setattr(loop.Metrics, "close", lambda metrics: closed.append(metrics))
+    with pytest.raises(Interrupted):
+        pretrain(tiny(store, tmp_path))
+    assert len(closed) == 1
+    run = only(tmp_path)
+    progress = read_checkpoint(run / "checkpoints" / "step-00000004.pt")["progress"]
+    assert progress["window"] == []
+    assert progress["best"] == -min(row["kl"] for row in lines(run))
+    pretrain(tiny(store, tmp_path), resume=run)
+    best = [read_checkpoint(r / "checkpoints" / "best.pt")["progress"] for r in (run, finished)]
+    assert best[0] == best[1]
+
+
+def test_an_edited_weight_decay_holds_after_a_resume(store, tmp_path, finished, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    config = load_config(str(run / "config.yaml"))
+    save_config(
+        replace(config, train=replace(config.train, weight_decay=0.25)), run / "config.yaml"
+    )
+    real, seen = loop.take_step, []
+    monkeypatch.setattr(
+        loop,
+        "take_step",
+        lambda *a: seen.append([g["weight_decay"] for g in a[2].param_groups]) or real(*a),
+    )
+    assert train_command(["--resume", str(run), "--train.steps", "7"]) == 0
+    assert seen == [[0.25, 0.0]]
 
 
 def test_a_finished_run_can_be_made_longer_and_nothing_else(store, tmp_path, finished, capsys):

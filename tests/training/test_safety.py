@@ -11,11 +11,13 @@ from safetensors.torch import load_file, save_file
 from tiny import lines, tiny
 
 from ssl_flow.config import Config, EvaluationConfig
-from ssl_flow.models import create_encoder, load_encoder
-from ssl_flow.training import initial, loop, pretrain, train_command
+from ssl_flow.models import create_encoder, load_encoder, save_encoder
+from ssl_flow.models.encoder import Normalization
+from ssl_flow.training import initial, loop, pretrain, score, train_command
 from ssl_flow.training.initial import initialize
 from ssl_flow.training.safety import (
     CollapseError,
+    Interrupted,
     MemoryAdvice,
     StopSignals,
     check_collapse,
@@ -67,6 +69,24 @@ def test_out_of_memory_names_the_knobs(error):
     for knob in ("train.batch_size", "train.accumulate", "data.crop", "train.amp",
                  "train.checkpoint_activations"):  # fmt: skip
         assert knob in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["make_optimizer", "load_checkpoint", "save_encoder"])
+def test_a_lack_of_memory_anywhere_is_explained(store, tmp_path, monkeypatch, capsys, place):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(loop, place, full)
+    with pytest.raises(MemoryAdvice, match=r"train\.accumulate"):
+        pretrain(tiny(store, tmp_path, steps=1))
+
+
+def test_a_probe_that_lacks_memory_names_its_own_knobs():
+    for data, named in (("synthetic", True), ("none", False)):
+        config = Config(evaluation=EvaluationConfig(data=data))
+        with pytest.raises(MemoryAdvice) as caught, explain_out_of_memory(config):
+            raise MemoryError
+        assert ("evaluation.every" in str(caught.value)) == named
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory():
@@ -163,6 +183,53 @@ def test_the_online_probe_changes_nothing_and_chooses_the_best(
     assert best["best"] == max(row["probe_miou"] for row in probes)
 
 
+def test_a_probe_that_cannot_be_fitted_does_not_end_the_run(
+    store, tmp_path, finished, labelled, monkeypatch, capsys
+):
+    def refuse(*_, **__):
+        saved.append(sorted(p.name for p in tmp_path.glob("*/checkpoints/*.pt")))
+        raise ValueError("features of 3.png are not finite")
+
+    saved = []
+    monkeypatch.setattr(score, "run_linear_probe", refuse)
+    monkeypatch.setattr(loop, "score_run", lambda *_: lambda *_: None)
+    evaluation = EvaluationConfig(data=f"folder:{labelled}", every=3)
+    run = pretrain(replace(tiny(store, tmp_path), evaluation=evaluation))
+    assert weights(run) == weights(finished)
+    assert "online probe left out: features of 3.png" in capsys.readouterr().out
+    assert "step-00000003.pt" in saved[0]  # before the probe
+    assert not (run / "checkpoints" / "best.pt").exists()
+
+
+def test_start_weights_bring_their_normalisation_and_keep_it(
+    store, tmp_path, finished, monkeypatch
+):
+    source = load_encoder(finished)
+    source.normalization = Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    save_encoder(source, tmp_path / "source")
+    config = tiny(store, tmp_path / "runs", ema=0.5)
+    config = replace(config, model=replace(config.model, init_from=str(tmp_path / "source")))
+    real, calls = loop.make_batch, []
+
+    def stop_at_three(*arguments):
+        calls.append(arguments[2].normalization)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "make_batch", stop_at_three)
+    with pytest.raises(Interrupted):
+        pretrain(config)
+    (run,) = (tmp_path / "runs").iterdir()
+    pretrain(config, resume=run)
+    assert set(calls) == {source.normalization}
+    assert load_encoder(run).normalization == source.normalization
+    encoder = create_encoder("test_resnet", 16, 32)
+    report = initialize(encoder, str(run / "checkpoints" / "best.pt"))
+    assert encoder.normalization == source.normalization
+    assert "mean (0.1, 0.2, 0.3), standard deviation (0.4, 0.5, 0.6), the source's own" in report
+
+
 def test_start_weights_from_a_run_an_encoder_a_checkpoint_and_a_file(finished, tmp_path):
     source = load_encoder(finished).state_dict()
     lone = tmp_path / "backbone.safetensors"
@@ -175,7 +242,10 @@ def test_start_weights_from_a_run_an_encoder_a_checkpoint_and_a_file(finished, t
         assert all(torch.equal(v, source[k]) for k, v in encoder.state_dict().items())
     torch.manual_seed(1)
     encoder = create_encoder("test_resnet", 16, 32)
+    normalization = encoder.normalization
     report = initialize(encoder, str(lone))
+    assert encoder.normalization == normalization
+    assert "this backbone's own" in report
     assert "left at random: head." in report
     for name, value in encoder.backbone.state_dict().items():
         assert torch.equal(value, source[f"backbone.{name}"])
