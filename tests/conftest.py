@@ -1,8 +1,13 @@
-"""Before anything imports Triton: without a CUDA device its kernels run interpreted, on the CPU."""
+"""What must be so before any test runs."""
 
 import os
+import signal
 
 import torch
 
+# Before anything imports Triton: without a CUDA device its kernels run interpreted, on the CPU.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# A shell that starts the tests in the background (nohup, some CI) has them and all that they start
+# ignore Ctrl-C, which several of them send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
