@@ -5,7 +5,7 @@
 #     bash benchmarks/gpu.sh tests speed          # parts: tests speed sanitizer training
 #
 # Tests, the pairwise benchmark with the GPU's floor and the loss's share of a training step,
-# compute-sanitizer over the loss, and, with STORE (written by `ssl-flow flow`), a short pretraining.
+# compute-sanitizer over the loss, the parts of a training step, and, with STORE (written by `ssl-flow flow`), a short pretraining.
 # Every step has its own time limit; one that fails is noted and the others go on. Into OUT go
 # gpu_summary.md, gpu.log (what the steps printed), the benchmark's files and gpu_training.json.
 # The package need not be installed, and packages that a step lacks only cost that step.
@@ -121,6 +121,7 @@ if wants tests; then
     # Not the ahead-of-time compilation: it needs no GPU and knows one version of Triton.
     step "tests of the losses" 180 "$python" -m pytest tests/losses -k "(triton or gpu) and not test_triton_compile"
     step "tests of the flow methods" 60 "$python" -m pytest -m gpu tests/flow
+    step "tests of the training loop" 120 "$python" -m pytest -m gpu tests/training tests/data
     step "values of the benchmark's methods" 60 "$python" -m pytest -m gpu tests/benchmarks
 fi
 if wants speed; then
@@ -146,6 +147,10 @@ else
     skip "memcheck, racecheck, initcheck" "no compute-sanitizer"
 fi
 
+if wants training; then
+    step "a training step beside the bare backbone" 150 "$python" benchmarks/training.py \
+        --device cuda --out "$out"
+fi
 if ! wants training; then
     :
 elif [ ! -d "${STORE:-}" ]; then
