@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from ssl_flow.config import Config, TrainConfig
 from ssl_flow.data.augment import Pair, Windows, augment, normalize_flow
-from ssl_flow.data.pairs import FlowPairs, Window, collate, sample_color, sample_geometry
+from ssl_flow.data.pairs import FlowPairs, Window, collate, cut, sample_color, sample_geometry
 from ssl_flow.flow import FlowStore
 from ssl_flow.flow.store import Sample
 from ssl_flow.losses import CrossPixelFlowLoss, RidgeFlowLoss
@@ -83,13 +83,8 @@ class Views:
         for _ in range(self.options.views):
             height, width = first.valid.shape
             g = sample_geometry(rng, height, width, self.options.min_scale)
-            cut = np.s_[g.top : g.top + g.height, g.left : g.left + g.width]
             color = sample_color(rng, self.options.jitter)
-            windows = []
-            for sample in samples:
-                flow = torch.from_numpy(sample.flow[cut]).half()
-                flow[~torch.from_numpy(sample.valid[cut])] = torch.nan
-                windows.append(Window(torch.from_numpy(first.frame[cut]), flow, g.flip, color))
+            windows = [cut(sample, g, color) for sample in samples]
             views.append(([float(v) for v in (g.left, g.top, g.width, g.height)], windows))
         return views
 

@@ -8,7 +8,7 @@ same grid, so the figures are not those of `ssl-flow eval linear-probe`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ssl_flow.data.segmentation import SegmentationSet, open_segmentation
 from ssl_flow.evaluation import LinearProbe
+from ssl_flow.evaluation.metrics import ConfusionMatrix
 from ssl_flow.evaluation.probe_command import estimate_on
 from ssl_flow.models import Encoder
 
@@ -39,22 +40,23 @@ def judge(encoder: Encoder, data: Path, estimate: bool) -> dict[str, float]:
     sequences: dict[str, list[Pixels]] = {}
     for i in range(0, len(davis), 7):
         sequences.setdefault(davis.names[i].split("/")[0], []).append(pixels(encoder, davis, i))
-    total, single = torch.zeros(2, 2), []
+    total, single = ConfusionMatrix(2), []
     for held_out, images in sequences.items():
         fitted = [p for name, some in sequences.items() if name != held_out for p in some]
-        table = confusion(fit(fitted, 2, 800, 400), images, 2)
-        total += table
-        single.append(float(iou(table)[1]))
-    scores = {"davis": float(iou(total)[1]), "davis mean": float(np.mean(single))}
+        held = score(fit(fitted, 2, 800, 400), images, ConfusionMatrix(2))
+        total.counts += held.counts
+        single.append(float(held.iou()[1]))
+    scores = {"davis": float(total.iou()[1]), "davis mean": float(np.mean(single))}
 
     camvid = open_segmentation(f"camvid:{data / 'camvid'}", "train")
     scored = [i for i in range(0, len(camvid), 4) if "0016E5" in camvid.names[i]]
     fitted = [pixels(encoder, camvid, i) for i in range(0, len(camvid), 4) if i not in scored]
     predict = fit(fitted, len(camvid.classes), 1500, 600)
     later = (pixels(encoder, camvid, i) for i in scored)
-    table = confusion(predict, later, len(camvid.classes))
-    scores["camvid"] = float(iou(table)[table.sum(1) > 0].mean())
-    return {name: round(score, 4) for name, score in scores.items()}
+    table = score(predict, later, ConfusionMatrix(len(camvid.classes)))
+    present = table.counts.sum(1).numpy() > 0
+    scores["camvid"] = float(table.iou()[present].mean())
+    return {name: round(value, 4) for name, value in scores.items()}
 
 
 @torch.no_grad()
@@ -91,18 +93,10 @@ def fit(images: list[Pixels], classes: int, each: int, steps: int) -> Callable[[
     return lambda features: linear((features - mean) / deviation).argmax(1)
 
 
-def confusion(
-    predict: Callable[[Tensor], Tensor], images: list[Pixels] | Iterator[Pixels], classes: int
-) -> Tensor:
-    """Counts (true class, predicted class) over all pixels of the images."""
-    table = torch.zeros(classes, classes)
+def score(
+    predict: Callable[[Tensor], Tensor], images: Iterable[Pixels], scores: ConfusionMatrix
+) -> ConfusionMatrix:
+    """Count all pixels of the images."""
     for x, y in images:
-        cells = torch.bincount(y * classes + predict(x), minlength=classes**2)
-        table += cells.view(classes, classes)
-    return table
-
-
-def iou(table: Tensor) -> Tensor:
-    """Intersection over union of each class."""
-    both = table.diagonal()
-    return both / (table.sum(0) + table.sum(1) - both).clamp(min=1)
+        scores.update(predict(x), y)
+    return scores

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from ssl_flow.data.augment import Windows
 from ssl_flow.flow import FlowStore
+from ssl_flow.flow.store import Sample
 
 
 class Geometry(NamedTuple):
@@ -77,6 +78,15 @@ def sample_color(rng: np.random.Generator, strength: float) -> np.ndarray:
     return np.hstack([brightness * contrast * matrix, np.full((3, 1), brightness * (1 - contrast))])
 
 
+def cut(sample: Sample, geometry: Geometry, color: np.ndarray) -> Window:
+    """Cut a window out of a stored pair; `color`: see `sample_color`."""
+    top, left, height, width, flip = geometry
+    window = np.s_[top : top + height, left : left + width]
+    flow = torch.from_numpy(sample.flow[window]).half()
+    flow[~torch.from_numpy(sample.valid[window])] = torch.nan
+    return Window(torch.from_numpy(sample.frame[window]), flow, flip, color)
+
+
 class FlowPairs(Dataset[Window]):
     """A reproducible order of windows of a store's pairs, every video equally often.
 
@@ -113,13 +123,9 @@ class FlowPairs(Dataset[Window]):
         """The `k`-th example of the run."""
         sample = self.store[self.pair_index(k)]
         rng = np.random.default_rng((self.seed, 2, k))
-        size = sample.valid.shape
-        top, left, height, width, flip = sample_geometry(rng, size[0], size[1], self.min_scale)
-        window = np.s_[top : top + height, left : left + width]
-        flow = torch.from_numpy(sample.flow[window]).half()
-        flow[~torch.from_numpy(sample.valid[window])] = torch.nan
-        frame = torch.from_numpy(sample.frame[window])
-        return Window(frame, flow, flip, sample_color(rng, self.color_jitter))
+        height, width = sample.valid.shape
+        geometry = sample_geometry(rng, height, width, self.min_scale)
+        return cut(sample, geometry, sample_color(rng, self.color_jitter))
 
     def pair_index(self, k: int) -> int:
         """Which pair of the store example `k` is made of."""

@@ -107,7 +107,7 @@ def open_store(path: str) -> FlowStore:
     """Open a store; ValueError when it holds no pairs."""
     store = FlowStore(path)
     if len(store) == 0:
-        raise ValueError(f"the flow store {path} holds no pairs")
+        raise ValueError(f"the flow store {path} holds no pairs; its problems.jsonl says why")
     return store
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ssl_flow.data.augment import Pair
 from ssl_flow.flow import flow_to_rgb
+from ssl_flow.flow.shard import write_atomically
 from ssl_flow.models import Encoder
 
 
@@ -27,9 +28,7 @@ class Metrics:
         if self._path.exists():
             lines = self._path.read_text().splitlines()
             kept = [line for line in lines if _step_of(line) <= first_step]
-            temporary = self._path.with_name(".metrics.jsonl.tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            temporary.replace(self._path)
+            write_atomically(self._path, "".join(line + "\n" for line in kept).encode())
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, values: dict[str, float]) -> None:

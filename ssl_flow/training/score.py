@@ -18,6 +18,7 @@ from ssl_flow.evaluation import LinearProbe, run_linear_probe
 from ssl_flow.evaluation.pictures import prediction_strips
 from ssl_flow.evaluation.probe_command import estimate_on, summarize
 from ssl_flow.evaluation.report import write_report
+from ssl_flow.flow.shard import write_atomically
 from ssl_flow.models import Encoder, load_encoder
 
 _ONLINE = LinearProbe(pixels_per_image=256, batch_pixels=2048, steps=100)
@@ -74,9 +75,7 @@ def score_run(config: Config, device: torch.device) -> Callable[[Encoder, Path],
         if sets is not None:
             results["linear_probe"] = probe(encoder, run)
         text = json.dumps(results, indent=2) + "\n"
-        temporary = run / ".results.json.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(run / "results.json")
+        write_atomically(run / "results.json", text.encode())
         write_report(run)
 
     def probe(encoder: Encoder, run: Path) -> dict[str, Any]:

@@ -95,14 +95,19 @@ def test_growing_interpolates_linearly():
     torch.testing.assert_close(resize(images, size, flip, 48), expected)
 
 
-def test_a_window_is_the_same_whatever_else_is_in_the_batch():
+def random_windows(shapes):
     rng = np.random.default_rng(0)
     windows = []
-    for height, width, flip in [(40, 50, True), (64, 33, False), (30, 70, False)]:
+    for height, width, flip in shapes:
         flow = rng.normal(0, 5, (height, width, 2)).astype(np.float32)
         valid = rng.uniform(size=(height, width)) > 0.3
         color = rng.uniform(0, 0.6, (3, 4))
         windows.append(window(textured(height, width), flow, valid, flip, color))
+    return windows
+
+
+def test_a_window_is_the_same_whatever_else_is_in_the_batch():
+    windows = random_windows([(40, 50, True), (64, 33, False), (30, 70, False)])
     together = augment(collate(windows), 48)
     for i, one in enumerate(windows):
         alone = augment(collate([one]), 48)
@@ -114,13 +119,7 @@ def test_a_window_is_the_same_whatever_else_is_in_the_batch():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_makes_the_same_crops():
-    rng = np.random.default_rng(0)
-    windows = []
-    for height, width, flip in [(40, 50, True), (150, 133, False), (30, 170, True)]:
-        flow = rng.normal(0, 5, (height, width, 2)).astype(np.float32)
-        valid = rng.uniform(size=(height, width)) > 0.3
-        color = rng.uniform(0, 0.6, (3, 4))
-        windows.append(window(textured(height, width), flow, valid, flip, color))
+    windows = random_windows([(40, 50, True), (150, 133, False), (30, 170, True)])
     batch = collate(windows)
     here, there = augment(batch, 64), augment(batch.to(torch.device("cuda")), 64)
     assert (here.image.int() - there.image.cpu().int()).abs().max() <= 1

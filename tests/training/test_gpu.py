@@ -1,13 +1,11 @@
 """What only a CUDA device shows."""
 
 import math
-import os
-import signal
 from dataclasses import replace
 
 import pytest
 import torch
-from tiny import lines, tiny
+from tiny import lines, stop_at_step_four, tiny
 
 from ssl_flow.config import Config, DataConfig
 from ssl_flow.losses import CrossPixelFlowLoss
@@ -69,15 +67,7 @@ def test_a_stopped_run_goes_on(store, tmp_path, monkeypatch):
         return replace(tiny(store, tmp_path / name, **train), device="cuda")
 
     whole = pretrain(config("whole"))
-    real, calls = loop.make_batch, []
-
-    def stop_at_four(*arguments):
-        calls.append(1)
-        if len(calls) == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*arguments)
-
-    monkeypatch.setattr(loop, "make_batch", stop_at_four)
+    stop_at_step_four(monkeypatch)
     with pytest.raises(Interrupted):
         pretrain(config("stopped"))
     (run,) = (tmp_path / "stopped").iterdir()

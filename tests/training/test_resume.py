@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny import lines, tiny
+from tiny import lines, stop_at_step_four, tiny
 
 from ssl_flow.config import load_config, save_config
 from ssl_flow.training import loop, pretrain, train_command
@@ -120,15 +120,8 @@ def test_the_last_two_checkpoints_and_the_best_are_kept(killed):
 def test_a_signal_at_a_step_that_saves_anyway_does_not_spoil_the_choice_of_the_best(
     store, tmp_path, finished, monkeypatch
 ):
-    real, calls, closed = loop.make_batch, [], []
-
-    def stop_at_four(*arguments):
-        calls.append(1)
-        if len(calls) == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*arguments)
-
-    monkeypatch.setattr(loop, "make_batch", stop_at_four)
+    closed = []
+    stop_at_step_four(monkeypatch)
     monkeypatch.setattr(loop.Metrics, "close", lambda metrics: closed.append(metrics))
     with pytest.raises(Interrupted):
         pretrain(tiny(store, tmp_path))

@@ -1,9 +1,12 @@
 """A run of seconds, for the tests of training."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 from ssl_flow.config import Config, DataConfig, EvaluationConfig, ModelConfig, TrainConfig
+from ssl_flow.training import loop
 
 
 def tiny(store, out, **train):
@@ -22,3 +25,16 @@ def tiny(store, out, **train):
 def lines(run: Path):
     """The rows of metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def stop_at_step_four(monkeypatch):
+    """Have the loop receive SIGTERM while it makes its fourth batch."""
+    real, calls = loop.make_batch, []
+
+    def stop_at_four(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "make_batch", stop_at_four)
