@@ -5,12 +5,13 @@
     python benchmarks/study.py ... --name random --encoder random:resnet18      # judge only
 
 The loss is the sum of `--terms`, each with its weight. Beside the three objectives of
-`CrossPixelFlowLoss` and `ridge` (`RidgeFlowLoss`): `centered` (centred kernel alignment of 512
-pixels), and, with `--views 2` (two crops of each frame), `ridge_crop` (the map is fitted on the
-other crop), `consistency` (the same place has the same embedding in both crops) and `contrast` (and
-another one than other places: InfoNCE). With `--ema` the other crop is seen by the averaged
-encoder, which is judged, too. Further stores (`--store A,B`) hold other gaps of the same frames:
-the loss is the mean over them.
+`CrossPixelFlowLoss` and `ridge` (`RidgeFlowLoss`): `edges` (the same of the flow's differences
+between neighbouring pixels), `centered` (centred kernel alignment of 512 pixels), and, with
+`--views 2` (two crops of each frame), `ridge_crop` (the map is fitted on the other crop),
+`consistency` (the same place has the same embedding in both crops) and `contrast` (and another one
+than other places: InfoNCE). With `--ema` the other crop is seen by the averaged encoder, which is
+judged, too. Further stores (`--store A,B`) hold other gaps of the same frames: the loss is the mean
+over them.
 
 Learns for so many processor minutes on one thread, whatever else the machine does. Judged is by
 benchmarks/study_judge.py. Appends a line to OUT/rows.jsonl and prints it.
@@ -38,13 +39,14 @@ from ssl_flow.data.pairs import FlowPairs, Window, collate, cut, sample_color, s
 from ssl_flow.flow import FlowStore
 from ssl_flow.flow.store import Sample
 from ssl_flow.losses import CrossPixelFlowLoss, RidgeFlowLoss
+from ssl_flow.losses.ridge import _ridge
 from ssl_flow.models import Encoder, create_encoder, load_encoder, save_encoder
 from ssl_flow.training.step import Shadow, amp_type, learning_rate, make_optimizer, update_average
 
 NUMBERS = {
     "cpu-minutes": 4.0, "lr": 1e-3, "weight-decay": 0.05, "ema": 0.0, "min-scale": 0.3,
-    "jitter": 0.4, "sigma": 0.5, "tau-e": 0.1, "tau-f": 0.1, "crop": 128, "batch": 16, "dim": 16,
-    "views": 1, "samples": 0, "seed": 0,
+    "jitter": 0.4, "scale": 1.0, "sigma": 0.5, "tau-e": 0.1, "tau-f": 0.1, "crop": 128, "batch": 16,
+    "dim": 16, "hidden": 128, "views": 1, "samples": 0, "seed": 0,
 }  # fmt: skip
 OBJECTIVES = ("cross_entropy", "kernel_alignment", "regression")
 
@@ -124,6 +126,9 @@ class Terms:
         self.losses = {
             name: CrossPixelFlowLoss(
                 objective=name,
+                embedding_scale=options.scale,
+                learn_scale=options.learn_scale,
+                self_pairs=options.self_pairs,
                 embedding_temperature=options.tau_e,
                 flow_sigma=options.sigma,
                 flow_temperature=options.tau_f,
@@ -142,6 +147,8 @@ class Terms:
                 total = total + share * self.losses[name](*self._sampled(embedding, flow, weight))
             elif name == "ridge":
                 total = total + share * self.ridge(embedding, flow, weight)
+            elif name == "edges":
+                total = total + share * edge_error(embedding, flow, weight)
             elif name == "centered":
                 total = total + share * centered_alignment(embedding, flow, weight)
             elif name == "ridge_crop":
@@ -188,6 +195,20 @@ def both_views(flow: Tensor, weight: Tensor) -> Tensor:
     return torch.cat(normalize_flow(*pairs).chunk(2, 2))
 
 
+def edge_error(embedding: Tensor, flow: Tensor, weight: Tensor, ridge: float = 0.1) -> Tensor:
+    """The ridge map's L1 error on differences of neighbours, 1 = no edges (arXiv 2511.07696)."""
+    e = F.normalize(embedding, dim=1)
+    rows = [m.flatten(2).mT for m in (e, flow)]
+    slope, _, _ = _ridge(*rows, weight.flatten(1), ridge)
+    rest = flow - torch.einsum("bdhw,bdc->bchw", e, slope)
+    errors, edges = torch.zeros(len(flow)), torch.full((len(flow),), 1e-6)
+    for d in (2, 3):
+        w = (weight.unfold(d - 1, 2, 1) > 0).all(-1)
+        difference, true = (m.diff(dim=d).abs().sum(1) * w for m in (rest, flow))
+        errors, edges = errors + difference.sum((1, 2)), edges + true.sum((1, 2))
+    return (errors / edges).mean()
+
+
 def centered_alignment(
     embedding: Tensor, flow: Tensor, weight: Tensor, sigma: float = 0.5
 ) -> Tensor:
@@ -207,10 +228,14 @@ def centered_alignment(
 def train(options: argparse.Namespace) -> tuple[list[Path], int]:
     """Learn for the time given; the folders of the encoder and of the averaged one."""
     torch.manual_seed(options.seed)
-    encoder = create_encoder(options.backbone, options.dim).to(memory_format=torch.channels_last)
+    encoder = create_encoder(options.backbone, options.dim, options.hidden)
+    encoder = encoder.to(memory_format=torch.channels_last)
     schedule = TrainConfig(steps=10**6, learning_rate=options.lr, weight_decay=options.weight_decay)
     config = Config(train=schedule)
     optimizer, terms, views = make_optimizer(config, encoder), Terms(options), Views(options)
+    if options.learn_scale:
+        scales = [p for loss in terms.losses.values() for p in loss.parameters()]
+        optimizer.add_param_group({"params": scales, "weight_decay": 0.0})
     averaged = copy.deepcopy(encoder)
     shadow = Shadow(encoder.state_dict().values(), averaged.state_dict().values())
     autocast, half, step = amp_type(config, torch.device("cpu")), options.batch, 0
@@ -268,6 +293,8 @@ def main() -> None:
     add("--encoder", help="judge this one instead of training")
     add("--backbone", default="resnet18")
     add("--norm", default="standardize")
+    add("--self-pairs", default="exclude")
+    add("--learn-scale", action="store_true")
     for name, value in NUMBERS.items():
         add(f"--{name}", type=type(value), default=value)
     options = parser.parse_args()
