@@ -53,7 +53,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The cross-pixel flow-similarity loss."""
+    """The cross-pixel flow-similarity loss, and ridge regression of the flow beside it."""
 
     objective: Literal["cross_entropy", "kernel_alignment", "regression"] = "cross_entropy"
     """What compares the two kernel matrices."""
@@ -71,6 +71,8 @@ class LossConfig:
     """How a pixel's pair with itself is kept from dominating."""
     flow_normalization: Literal["standardize", "log", "none"] = "standardize"
     """Per image: zero mean and unit deviation; log compression to [-1, 1]; pixels as they are."""
+    ridge_weight: float = 0.0
+    """Weight of a second term: the flow that no linear map of the embedding explains; 0 = off."""
     backend: Literal["auto", "triton", "chunked", "reference"] = "auto"
     """Which implementation computes the loss."""
 
@@ -151,6 +153,7 @@ class Config:
             ("data.videos", self.data.videos >= 1, "1 or more"),
             ("model.embedding_dim", self.model.embedding_dim >= 2, "2 or more"),
             ("model.hidden_dim", self.model.hidden_dim >= 1, "1 or more"),
+            ("loss.ridge_weight", self.loss.ridge_weight >= 0, "0 or more"),
             ("train.steps", self.train.steps >= 1, "1 or more"),
             ("train.batch_size", batch >= 1, "1 or more"),
             ("train.accumulate", parts >= 1 and batch % parts == 0, divisor),

@@ -45,6 +45,7 @@ class Panel:
 _PANELS = [
     Panel("loss", "loss", {"loss": "loss"} | _BOUNDS),
     Panel("KL divergence (loss - target entropy)", "nats", {"kl": ""}),
+    Panel("flow a linear map leaves unexplained", "share", {"ridge": ""}),
     Panel("effective rank of the embedding", "dimensions", {"effective_rank": ""}),
     Panel("spread of the embedding", "standard deviation", {"embedding_std": ""}),
     Panel("gradient norm", "norm, log scale", {"gradient_norm": ""}, "log"),

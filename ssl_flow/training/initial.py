@@ -136,7 +136,7 @@ def try_step(config: Config, objective: Objective, images: int, device: torch.de
         grid = side // 4
         try:
             with explain_out_of_memory(config):
-                loss, _ = objective(
+                loss, *_ = objective(
                     torch.rand(images, 3, side, side, device=device),
                     torch.randn(images, 2, grid, grid, device=device),
                     torch.ones(images, grid, grid, device=device),

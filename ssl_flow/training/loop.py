@@ -104,7 +104,8 @@ def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Enc
     store = None if config.data.store == "synthetic" else open_store(config.data.store)
     loss_function = _loss(config).to(device)
     encoder = _encoder(config, resume, device)
-    objective = Objective(encoder, loss_function, amp_type(config, device))
+    amp, ridge_weight = amp_type(config, device), config.loss.ridge_weight
+    objective = Objective(encoder, loss_function, amp, ridge_weight)
     if train.checkpoint_activations:
         checkpoint_activations(encoder, config.data.crop)
     try_step(config, objective, share // train.accumulate, device)
@@ -201,7 +202,7 @@ def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Enc
                 now = time.perf_counter()
                 values = {
                     "step": done,
-                    "loss": result.loss,
+                    "loss": result.loss - ridge_weight * result.ridge,  # as its bounds are
                     **_measure(loss_function, batch, result.embedding, world),
                     "scale": float(torch.as_tensor(loss_function.scale).detach()),
                     "gradient_norm": result.gradient_norm,
@@ -213,6 +214,8 @@ def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Enc
                     / (now - logged_at),
                     "data_wait": waited / (now - logged_at),
                 }
+                if ridge_weight:
+                    values["ridge"] = result.ridge
                 if "target_entropy" in values:
                     values["kl"] = values["loss"] - values["target_entropy"]
                 logged_at, logged_step, waited = now, done, 0.0
@@ -225,7 +228,7 @@ def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Enc
                 if result.taken and done > train.warmup * train.steps:
                     times = progress.collapsed_in_a_row
                     progress.collapsed_in_a_row = check_collapse(values, times, run)
-                excess = values.get("kl", values["loss"])
+                excess = values.get("kl", values["loss"]) + ridge_weight * result.ridge
                 if probe is None and math.isfinite(excess):
                     progress.window.append(-excess)
 
@@ -297,5 +300,5 @@ def _encoder(config: Config, resume: Path | None, device: torch.device) -> Encod
 
 
 def _loss(config: Config) -> CrossPixelFlowLoss:
-    options = {k: v for k, v in vars(config.loss).items() if k != "flow_normalization"}
-    return CrossPixelFlowLoss(**options)
+    others = ("flow_normalization", "ridge_weight")
+    return CrossPixelFlowLoss(**{k: v for k, v in vars(config.loss).items() if k not in others})

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_flow.config import Config
-from ssl_flow.losses import CrossPixelFlowLoss
+from ssl_flow.losses import CrossPixelFlowLoss, RidgeFlowLoss
 from ssl_flow.models import Encoder
 from ssl_flow.training.distributed import World
 
@@ -31,7 +31,9 @@ class Step(NamedTuple):
     """What came out of a step."""
 
     loss: float
-    """Mean over the global batch."""
+    """What is minimised, mean over the global batch."""
+    ridge: float
+    """Its ridge term without the weight: the share of the flow left unexplained; 0 without one."""
     gradient_norm: float
     """Before clipping."""
     taken: bool
@@ -71,18 +73,27 @@ class Objective(nn.Module):
     """Images and flow -> loss and embedding: the module that is distributed and differentiated."""
 
     def __init__(
-        self, encoder: Encoder, loss: CrossPixelFlowLoss, amp_type: torch.dtype | None
+        self,
+        encoder: Encoder,
+        loss: CrossPixelFlowLoss,
+        amp_type: torch.dtype | None,
+        ridge_weight: float = 0.0,
     ) -> None:
-        """`amp_type`: of the encoder's autocast, None = off; the loss takes care of itself."""
+        """`amp_type`: of the encoder's autocast, None = off; the losses take care of themselves."""
         super().__init__()
         self.encoder, self.loss, self.amp_type = encoder, loss, amp_type
+        self.ridge, self.ridge_weight = RidgeFlowLoss(), ridge_weight
 
-    def forward(self, images: Tensor, flow: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Shapes as in `Batch`; a scalar and (B, D, H/4, W/4)."""
+    def forward(self, images: Tensor, flow: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        """Shapes as in `Batch`; a scalar, (B, D, H/4, W/4), the ridge term in the scalar."""
         on = self.amp_type is not None
         with torch.autocast(images.device.type, self.amp_type, enabled=on):
             embedding = self.encoder(images)
-        return self.loss(embedding, flow, weight), embedding
+        loss = self.loss(embedding, flow, weight)
+        if not self.ridge_weight:
+            return loss, embedding, torch.zeros_like(loss)
+        ridge = self.ridge(embedding, flow, weight)
+        return loss + self.ridge_weight * ridge, embedding, ridge.detach()
 
 
 def take_step(
@@ -109,27 +120,28 @@ def take_step(
     optimizer.zero_grad(set_to_none=True)
     # BatchNorm counts a batch in the forward pass; a skipped one must not stay in it.
     buffers.follow()
-    losses, embeddings = [], []
+    losses, ridges, embeddings = [], [], []
     parts = zip(*(tensor.chunk(accumulate) for tensor in batch), strict=True)
     for number, part in enumerate(parts, start=1):
         # Processes exchange gradients once a step, after the last part.
         waits: Any = objective.no_sync if hasattr(objective, "no_sync") else nullcontext
         with waits() if number < accumulate else nullcontext():
-            loss, embedding = objective(*part)
+            loss, embedding, ridge = objective(*part)
             scaler.scale(loss / accumulate).backward()
         losses.append(loss.detach())
+        ridges.append(ridge)
         embeddings.append(embedding.detach())
     scaler.unscale_(optimizer)
     clipped = nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
-    mean = world.mean(torch.stack(losses).mean())
-    value, norm = torch.stack([mean, clipped]).tolist()  # the step's one wait for the device
+    means = world.mean(torch.stack([torch.stack(losses), torch.stack(ridges)]).mean(1))
+    value, ridge, norm = torch.cat([means, clipped[None]]).tolist()  # the one wait for the device
     taken = math.isfinite(value) and math.isfinite(norm)
     if taken:
         scaler.step(optimizer)
     else:
         buffers.restore()
     scaler.update()
-    return Step(value, norm, taken, torch.cat(embeddings))
+    return Step(value, ridge, norm, taken, torch.cat(embeddings))
 
 
 def amp_type(config: Config, device: torch.device) -> torch.dtype | None:

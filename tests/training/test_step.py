@@ -14,7 +14,7 @@ from torch import nn
 from ssl_flow.config import Config, DataConfig, TrainConfig
 from ssl_flow.data.pairs import Window, collate
 from ssl_flow.flow import FlowStore
-from ssl_flow.losses import CrossPixelFlowLoss
+from ssl_flow.losses import CrossPixelFlowLoss, RidgeFlowLoss
 from ssl_flow.models import create_encoder
 from ssl_flow.training import loop, pretrain
 from ssl_flow.training.batches import (
@@ -56,10 +56,10 @@ def batch(images=4, side=32, seed=0):
     return Batch(torch.randn(images, 3, side, side), torch.randn(images, 2, grid, grid), weight)
 
 
-def objective(name="test_convnext", amp=None):
+def objective(name="test_convnext", amp=None, ridge_weight=0.0):
     torch.manual_seed(0)
     encoder = without_batchnorm(create_encoder(name, 8, 16))
-    return Objective(encoder, CrossPixelFlowLoss(learn_scale=True), amp).train()
+    return Objective(encoder, CrossPixelFlowLoss(learn_scale=True), amp, ridge_weight).train()
 
 
 def gradients(module):
@@ -87,6 +87,23 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(accumulate):
         expected = expected * min(1.0, 1 / float(norm))
         torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(result.embedding, whole(*batch())[1].detach())
+
+
+def test_the_ridge_term_is_added_with_its_weight():
+    data, module, plain = batch(), objective(ridge_weight=0.5), objective()
+
+    def again(function):  # with the same halves of the pixels to fit and to score the map on
+        torch.manual_seed(1)
+        return function()
+
+    loss, embedding, ridge = again(lambda: module(*data))
+    expected = float(again(lambda: RidgeFlowLoss()(embedding, data.flow, data.weight)))
+    assert 0.5 < expected == pytest.approx(float(ridge))
+    assert not ridge.requires_grad
+    assert float(loss) == pytest.approx(float(plain(*data)[0]) + 0.5 * expected, rel=1e-5)
+    result = again(lambda: one_step(module, data=data))
+    assert result.ridge == pytest.approx(expected, rel=1e-5)
+    assert result.loss == pytest.approx(float(loss), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["test_convnext", "test_vit", "test_resnet"])
