@@ -45,10 +45,10 @@ class PixelEmbeddingHead(nn.Module):
         """List of (B, C_i, H/s_i, W/s_i) -> (B, D, H/4, W/4)."""
         hidden = []
         for level, layers, stride in zip(maps, self.levels, self.strides, strict=True):
-            norm, project = layers.children()
-            # Down before the projection, up after it: it meets as few pixels as it can.
-            level = to_stride(norm(level), stride, max(stride, self.stride))
-            hidden.append(to_stride(project(level), max(stride, self.stride), self.stride))
+            # Down before normalisation and projection, up after: they meet as few pixels as can be.
+            coarse = max(stride, self.stride)
+            projected = layers(to_stride(level, stride, coarse))
+            hidden.append(to_stride(projected, coarse, self.stride))
         total: Tensor = self.output(sum(hidden[1:], hidden[0]))
         return total
 
