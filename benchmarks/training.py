@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -29,16 +30,15 @@ import torch
 from flow_accuracy import cpu_model
 from torch.utils.data import DataLoader
 
-from ssl_flow.config import Config, DataConfig, ModelConfig, TrainConfig
+from ssl_flow.config import Config, DataConfig, TrainConfig, load_config
 from ssl_flow.data.augment import Windows
 from ssl_flow.data.pairs import Window
 from ssl_flow.data.synthetic import synthetic_sources
 from ssl_flow.flow import FlowStore, extract
-from ssl_flow.losses import CrossPixelFlowLoss
 from ssl_flow.models import create_encoder
 from ssl_flow.training.batches import make_batch, make_loader, make_pairs, reading
 from ssl_flow.training.distributed import World
-from ssl_flow.training.step import Objective, Shadow, make_optimizer, take_step
+from ssl_flow.training.step import Shadow, make_objective, make_optimizer, take_step
 
 SHARES = ["data wait", "augment", "forward", "loss", "backward", "optimizer"]
 
@@ -50,18 +50,25 @@ class Bench:
         """Build models and optimisers."""
         self.options, self.device = options, torch.device(options.device)
         self.world = World(self.device)
+        preset = load_config("small")  # its head and loss are those of `default`, too
         self.config = Config(
             data=DataConfig(crop=options.crop, workers=options.workers),
-            model=ModelConfig(backbone=options.backbone),
-            train=TrainConfig(steps=10**6, batch_size=options.batch, learning_rate=1e-5),
+            model=replace(preset.model, backbone=options.backbone),
+            loss=preset.loss,
+            train=TrainConfig(
+                steps=10**6,
+                batch_size=options.batch,
+                learning_rate=1e-5,
+                amp="bfloat16" if options.amp else "none",
+            ),
         )
         channels_last = torch.channels_last
         plain = timm.create_model(options.backbone, num_classes=0)
         self.plain = plain.to(self.device, memory_format=channels_last).train()
-        encoder = create_encoder(options.backbone, embedding_dim=16)
+        model = self.config.model
+        encoder = create_encoder(model.backbone, model.embedding_dim, model.hidden_dim)
         self.encoder = encoder.to(self.device).to(memory_format=channels_last).train()
-        loss = CrossPixelFlowLoss().to(self.device)
-        self.objective = Objective(self.encoder, loss, torch.bfloat16 if options.amp else None)
+        self.objective = make_objective(self.config, self.encoder, self.device)
         self.buffers = Shadow(self.objective.buffers())
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
         shape = (options.batch, 3, options.crop, options.crop)
@@ -74,7 +81,7 @@ class Bench:
         self.times = dict.fromkeys(SHARES, 0.0)  # of all logged steps so far, seconds
         self.begun: float | None = None  # while a step is logged: when its part began
         self.encoder.register_forward_hook(lambda *_: self._done("forward"))
-        loss.register_forward_hook(lambda *_: self._done("loss"))
+        self.objective.register_forward_hook(lambda *_: self._done("loss"))
         optimizer = self.optimizers[self.encoder]
         optimizer.register_step_pre_hook(lambda *_: self._done("backward"))
 

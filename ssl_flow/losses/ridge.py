@@ -163,28 +163,30 @@ class RidgeFlowLoss(torch.nn.Module):
 
     def _errors(self, fit: Pixels, score: Pixels) -> tuple[Tensor, Tensor, Tensor]:
         """Summed errors of the linear and of the constant prediction, and their weight, (B,)."""
-        slope, mean_embedding, mean_flow = _ridge(*fit, self.ridge)
+        slope, intercept, mean_flow = _ridge(*fit, self.ridge)
         e, flow, w = score
         w = w * (fit[2].sum(1, keepdim=True) > 0)  # fitted on nothing: nothing to score
-        constant = flow - mean_flow
-        linear = constant - (e - mean_embedding) @ slope
+        residuals = flow - torch.baddbmm(intercept, e, slope), flow - mean_flow
         size = torch.abs if self.norm == "l1" else torch.square
-        error, baseline = ((w * size(r).sum(-1)).sum(1) for r in (linear, constant))
+        error, baseline = ((w[:, None] @ size(r)).sum((1, 2)) for r in residuals)
         return error, baseline, w.sum(1)
 
 
 def _ridge(e: Tensor, flow: Tensor, w: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Slopes (B, D, 2), means of the embedding (B, 1, D) and of the flow (B, 1, 2), weighted."""
-    tiny = torch.finfo(e.dtype).tiny
-    share = (w / w.sum(1, keepdim=True).clamp(min=tiny)).unsqueeze(-1)  # (B, N, 1)
-    mean_e, mean_flow = (share * e).sum(1, keepdim=True), (share * flow).sum(1, keepdim=True)
-    centred = e - mean_e
-    weighted = (share * centred).mT  # (B, D, N)
-    size = (share * e.square()).sum((1, 2)).div(e.shape[-1]).clamp(min=1e-30)
-    gram = weighted @ centred + torch.diag_embed(ridge * size[:, None].expand(-1, e.shape[-1]))
+    """Slopes (B, D, 2), intercept (B, 1, 2) and the flow's weighted mean (B, 1, 2)."""
+    d = e.shape[-1]
+    total = w.sum(1).clamp(min=torch.finfo(e.dtype).tiny)
+    rows = torch.cat([e, flow, torch.ones_like(flow[..., :1])], -1)
+    moments = (rows * (w / total[:, None])[..., None]).mT @ rows
+    mean_e, mean_flow = moments[:, -1:, :d], moments[:, -1:, d:-1]
+    second = moments[:, :d, :d]
+    # Centring here instead of before loses digits, but fewer than the penalty outweighs.
+    gram = second - mean_e.mT @ mean_e
+    size = second.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp(min=1e-30)
+    gram = gram + torch.diag_embed(ridge * size.expand(-1, d))
     # Without the check for singular matrices, for which a GPU would wait: the penalty forbids them.
-    slope = torch.linalg.solve_ex(gram, weighted @ (flow - mean_flow)).result
-    return slope, mean_e, mean_flow
+    slope = torch.linalg.solve_ex(gram, moments[:, :d, d:-1] - mean_e.mT @ mean_flow).result
+    return slope, mean_flow - mean_e @ slope, mean_flow
 
 
 def _ratio(error: Tensor, baseline: Tensor, total: Tensor) -> Tensor:

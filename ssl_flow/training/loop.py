@@ -57,10 +57,9 @@ from ssl_flow.training.safety import (
 from ssl_flow.training.score import online_probe, score_run
 from ssl_flow.training.step import (
     Batch,
-    Objective,
     Shadow,
-    amp_type,
     learning_rate,
+    make_objective,
     make_optimizer,
     step_seed,
     take_step,
@@ -102,10 +101,9 @@ def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Enc
     device, train, share = world.device, config.train, _share(config, world)
     probe = online_probe(config)
     store = None if config.data.store == "synthetic" else open_store(config.data.store)
-    loss_function = _loss(config).to(device)
     encoder = _encoder(config, resume, device)
-    amp, ridge_weight = amp_type(config, device), config.loss.ridge_weight
-    objective = Objective(encoder, loss_function, amp, ridge_weight)
+    objective = make_objective(config, encoder, device)
+    loss_function, ridge_weight = objective.loss, objective.ridge_weight
     if train.checkpoint_activations:
         checkpoint_activations(encoder, config.data.crop)
     try_step(config, objective, share // train.accumulate, device)
@@ -297,8 +295,3 @@ def _encoder(config: Config, resume: Path | None, device: torch.device) -> Encod
         print(initialize(encoder, model.init_from), flush=True)
     encoder.to(memory_format=torch.channels_last)
     return encoder.to(device=device)
-
-
-def _loss(config: Config) -> CrossPixelFlowLoss:
-    others = ("flow_normalization", "ridge_weight")
-    return CrossPixelFlowLoss(**{k: v for k, v in vars(config.loss).items() if k not in others})

@@ -157,6 +157,14 @@ def amp_type(config: Config, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if native else None
 
 
+def make_objective(config: Config, encoder: Encoder, device: torch.device) -> Objective:
+    """What `loss` and `train.amp` say, on the device; the encoder should be there already."""
+    others = ("flow_normalization", "ridge_weight")
+    options = {key: value for key, value in vars(config.loss).items() if key not in others}
+    loss = CrossPixelFlowLoss(**options).to(device)
+    return Objective(encoder, loss, amp_type(config, device), config.loss.ridge_weight)
+
+
 def make_optimizer(config: Config, module: nn.Module) -> torch.optim.Optimizer:
     """AdamW. Decay pulls kernels and matrices towards zero; biases, norms and scales are left."""
     parameters = [p for p in module.parameters() if p.requires_grad]
