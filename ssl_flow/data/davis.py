@@ -113,7 +113,14 @@ def open_videos(spec: str, split: Split = "test") -> VideoSet:
     if not videos:
         raise ValueError(f"{spec}: the {split} split is empty ({rule})")
     rule += "; foreground as one object" if merged else "; the objects of the first mask"
-    protocol = {"rule": rule, "spec": spec, "split": split, "sequences": list(sequences)}
+    protocol = {
+        "rule": rule,
+        "spec": spec,
+        "split": split,
+        "sequences": list(sequences),
+        "objects": sum(video.objects for video in videos),
+        "frames": sum(len(video) for video in videos),
+    }
     return VideoSet("davis2016" if merged else "davis", videos, protocol)
 
 

@@ -85,8 +85,8 @@ def set_of_files(
         if (mask < 0).any():
             unknown = np.unique(raw[mask < 0]).tolist()
             raise ValueError(
-                f"{mask_path} holds {unknown}, not among the classes "
-                f"{short_list(classes)}: {short_list(np.flatnonzero(table >= 0).tolist())}"
+                f"{mask_path} holds {unknown}, not among the classes {short_list(classes)} "
+                f"(values {short_list(np.flatnonzero(table >= 0).tolist())})"
             )
         return image, mask.astype(np.uint8)
 
@@ -124,19 +124,27 @@ def require_same_size(mask: np.ndarray, mask_path: Path, image: np.ndarray, path
 
 
 def read_image(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8 RGB."""
-    with Image.open(path) as file:
-        return np.asarray(file.convert("RGB"))
+    """(H, W, 3) uint8 RGB; ValueError, with the file's name, when it is broken."""
+    return _pixels(path, "RGB")
 
 
 def read_mask(path: Path) -> np.ndarray:
     """(H, W) uint8 of a single-channel 8-bit file, palette indices as they are; else ValueError."""
-    with Image.open(path) as file:
-        mask = np.asarray(file)
+    mask = _pixels(path, None)
     if mask.ndim != 2 or mask.dtype not in (np.uint8, np.bool_):
         found = f"{mask.dtype} of shape {mask.shape}"
         raise ValueError(f"{path}: expected a single-channel 8-bit mask of class indices, {found}")
     return mask.astype(np.uint8)
+
+
+def _pixels(path: Path, mode: str | None) -> np.ndarray:
+    try:
+        with Image.open(path) as file:
+            return np.asarray(file.convert(mode) if mode else file)
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # PIL's own message does not always name the file
+        raise ValueError(f"{path} cannot be read as an image ({error})") from error
 
 
 def read_lines(path: Path, layout: str) -> list[str]:

@@ -120,7 +120,7 @@ def interval_of_outcomes(
 ) -> Interval:
     """95 % interval of one score of one encoder, from its outcomes under one or several seeds.
 
-    `values[score]` is used where the score is a mean over images, `counts` for `mIoU`.
+    `values[score]` is used where the score is a mean over images, `counts` for `miou`.
 
     Raises:
         ValueError: outcomes on different images, or with neither values nor counts of this score.
@@ -131,8 +131,8 @@ def interval_of_outcomes(
         values = np.stack([o.values[score] for o in outcomes])
         return interval_of_mean(values, resamples=resamples, seed=seed)
     counts = [o.counts for o in outcomes if o.counts is not None]
-    if score != "mIoU" or len(counts) != len(outcomes):
-        known = [*outcomes[0].values, *(["mIoU"] if outcomes[0].counts is not None else [])]
+    if score != "miou" or len(counts) != len(outcomes):
+        known = [*outcomes[0].values, *(["miou"] if outcomes[0].counts is not None else [])]
         raise ValueError(f"no values per image of {score!r}; known: {', '.join(known) or 'none'}")
     return interval_of_miou(counts, resamples=resamples, seed=seed)
 

@@ -166,3 +166,11 @@ def test_an_empty_split_and_another_size(voc, ade20k):
     _write(ade20k / "annotations/training/ADE_train_1.png", np.ones((4, 4)))
     with pytest.raises(ValueError, match=r"ADE_train_1\.png is \(4, 4\), .*jpg is \(2, 3\)"):
         open_segmentation(f"ade20k:{ade20k}", "train")[0]
+
+
+@pytest.mark.parametrize("kept", [0, 100])
+def test_a_broken_file_is_named(ade20k, kept):
+    path = ade20k / "images/validation/ADE_val_1.jpg"
+    path.write_bytes(path.read_bytes()[:kept] if kept else b"no image")
+    with pytest.raises(ValueError, match=r"ADE_val_1\.jpg cannot be read as an image"):
+        open_segmentation(f"ade20k:{ade20k}", "test")[0]

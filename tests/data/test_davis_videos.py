@@ -44,6 +44,7 @@ def test_objects_are_those_of_the_first_mask(tmp_path):
     assert [item.mask.tolist() for item in bike] == [[[0, 1, 2]], [[2, 1, 0]], [[0, 0, 0]]]
     assert bike[2].name == "bike/00002" and bike[2].image.shape == (1, 3, 3)
     assert "ImageSets/2017/val.txt; the objects" in videos.protocol["rule"]
+    assert (videos.protocol["objects"], videos.protocol["frames"]) == (3, 4)
 
 
 @pytest.mark.parametrize(("year", "kind"), [("480p", "davis"), ("2016", "davis2016")])

@@ -141,17 +141,17 @@ def test_outcomes():
     names = [f"image{i}" for i in range(6)]
 
     def outcome(**given):
-        return Outcome({"mIoU": 0.5}, **({"counts": counts, "items": names} | given))
+        return Outcome({"miou": 0.5}, **({"counts": counts, "items": names} | given))
 
     both = [outcome(values={"J&F": values}), outcome(values={"J&F": values + 1})]
-    assert interval_of_outcomes(both, "mIoU") == interval_of_miou([counts, counts])
+    assert interval_of_outcomes(both, "miou") == interval_of_miou([counts, counts])
     expected = interval_of_mean(np.stack([values, values + 1]))
     assert interval_of_outcomes(both, "J&F") == expected
-    with pytest.raises(ValueError, match="no values per image of 'accuracy'; known: J&F, mIoU"):
+    with pytest.raises(ValueError, match="no values per image of 'accuracy'; known: J&F, miou"):
         interval_of_outcomes(both, "accuracy")
     for bad in ([], [outcome(), outcome(items=names[::-1])]):
         with pytest.raises(ValueError, match="not of the same images"):
-            interval_of_outcomes(bad, "mIoU")
+            interval_of_outcomes(bad, "miou")
 
 
 def test_bad_input():
