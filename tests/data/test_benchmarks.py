@@ -137,7 +137,7 @@ def test_class_names_are_distinct():
         assert len(classes) == len(set(classes)) == count
 
 
-def test_what_is_missing_is_named(voc, tmp_path):
+def test_what_is_missing_is_named(voc):
     (voc / "JPEGImages/b.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"JPEGImages/b\.jpg is missing.*voc"):
         open_segmentation(f"voc:{voc}", "test")
