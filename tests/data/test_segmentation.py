@@ -124,7 +124,7 @@ def test_synthetic_stills_are_not_training_frames():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("imagenet:x", "unknown data kind 'imagenet'.*camvid:PATH, davis:PATH.*synthetic"),
+        ("imagenet:x", "unknown data kind 'imagenet'.*camvid:PATH, voc:PATH.*synthetic"),
         ("camvid", "no folder; write camvid:PATH"),
     ],
 )
@@ -133,7 +133,9 @@ def test_bad_specs(spec, message):
         open_segmentation(spec, "train")
 
 
-@pytest.mark.parametrize("kind", ["camvid", "davis", "folder"])
+@pytest.mark.parametrize(
+    "kind", ["camvid", "voc", "cityscapes", "ade20k", "cocostuff", "davis", "folder"]
+)
 def test_a_missing_layout_is_named(kind, tmp_path):
     with pytest.raises(FileNotFoundError, match=f"Expected layout of {kind}"):
         open_segmentation(f"{kind}:{tmp_path}", "train")

@@ -70,7 +70,7 @@ def test_json_on_stdout(data, encoder, tmp_path, capsys):
     [
         ({"--features": "stage9"}, "no features 'stage9'; it has hypercolumn"),
         ({"--encoder": "nowhere"}, "no encoder at 'nowhere'"),
-        ({"--data": "voc:x"}, "unknown data kind 'voc'"),
+        ({"--data": "imagenet:x"}, "unknown data kind 'imagenet'"),
         ({"--seeds": "0"}, "expected 1 or more"),
         ({"--steps": "0"}, "steps = 0, expected more than 0"),
     ],

@@ -1,0 +1,167 @@
+"""Bootstrap intervals of scores over test images, and the spread over seeds beside them.
+
+The percentile bootstrap (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, ch. 13): draw
+N of the N test images with replacement, score the draw, repeat; the 2.5 and 97.5 % points of these
+scores bound the interval. The score is the one that is reported: mIoU is taken from the summed
+confusion matrix of a draw, never averaged over images.
+
+Images must be independent of each other. Neighbouring frames of a video are not: give one value
+(or one summed matrix) a sequence, or the interval is too narrow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ssl_flow.evaluation.outcome import Outcome
+
+_CHUNK = 2**20
+"""Numbers held at a time: draws times the larger of images and counts."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A score with its uncertainty over test images, and its values over seeds."""
+
+    value: float
+    """The score; with several seeds, the mean of theirs."""
+    low: float
+    """Lower end of the interval over images; nan with fewer than two images."""
+    high: float
+    seeds: tuple[float, ...]
+    """The score of each seed."""
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over seeds (n - 1); None for a single one."""
+        return float(np.std(self.seeds, ddof=1)) if len(self.seeds) > 1 else None
+
+
+def better(a: Interval, b: Interval, larger_is_better: bool = True) -> bool:
+    """Whether a may be called better than b.
+
+    Only where their intervals do not overlap, nor their scores over seeds: a's worst seed must beat
+    b's best. A score without an interval (one image) is never better, nor beaten.
+    """
+    if not larger_is_better:
+        a, b = b, a
+    return a.low > b.high and min(a.seeds) > max(b.seeds)
+
+
+def interval_of_mean(
+    values: np.ndarray, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """Interval of the mean of (N,) values, or of (S, N), the same N images under S seeds.
+
+    Images are drawn for all seeds together, and each draw is averaged over the seeds.
+
+    Raises:
+        ValueError: another shape, no images, a value that is not finite, a bad setting.
+    """
+    table = np.atleast_2d(np.asarray(values, np.float64))  # (S, N)
+    if table.ndim != 2 or not table.size:
+        raise ValueError(f"values of shape {np.shape(values)}, expected (N,) or (S, N)")
+    if not np.isfinite(table).all():
+        seed_index, image = np.argwhere(~np.isfinite(table))[0]
+        found = table[seed_index, image]
+        raise ValueError(f"the value of image {image} (seed {seed_index}) is {found}")
+    per_image = table.mean(0)
+    draws = [w @ per_image / len(per_image) for w in _draws(len(per_image), 1, resamples, seed)]
+    return _interval(table.mean(1), np.concatenate(draws), len(per_image), confidence)
+
+
+def interval_of_miou(
+    counts: np.ndarray | Sequence[np.ndarray],
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Interval of the mIoU over a set of images.
+
+    Args:
+        counts: (N, K, K) confusion matrices (true, predicted), one an image; or several such, the
+            same N images under different seeds. As in `ConfusionMatrix.miou`, a class that neither
+            truth nor prediction of a draw has does not count in its mean.
+        confidence: of the interval.
+        resamples: number of draws.
+        seed: of the draws.
+
+    Raises:
+        ValueError: other shapes, no counted pixel at all, a bad setting.
+    """
+    matrices = [counts] if isinstance(counts, np.ndarray) and counts.ndim == 3 else list(counts)
+    shape = matrices[0].shape if matrices else ()
+    if len(shape) != 3 or shape[1] != shape[2] or not shape[0]:
+        raise ValueError(f"counts of shape {shape}, expected (N, K, K)")
+    if any(m.shape != shape for m in matrices):
+        raise ValueError(f"counts of different shapes: {[m.shape for m in matrices]}")
+    if not all(m.any() for m in matrices):
+        raise ValueError("no pixel is counted: every label is ignored")
+    images, classes, _ = shape
+    # IoU needs only these 2K sums of a draw, not its whole K x K matrix.
+    parts = [
+        np.concatenate([hits, m.sum(1) + m.sum(2) - hits], axis=1, dtype=np.float64)
+        for m in matrices
+        for hits in [np.diagonal(m, axis1=1, axis2=2)]
+    ]  # (N, 2K): intersection and union of each class
+    draws = [
+        np.mean([_miou(w @ part) for part in parts], axis=0)
+        for w in _draws(images, 2 * classes, resamples, seed)
+    ]
+    scores = np.array([_miou(part.sum(0)) for part in parts])
+    return _interval(scores, np.concatenate(draws), images, confidence)
+
+
+def interval_of_outcomes(
+    outcomes: Sequence[Outcome], score: str, resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """95 % interval of one score of one encoder, from its outcomes under one or several seeds.
+
+    `values[score]` is used where the score is a mean over images, `counts` for `miou`.
+
+    Raises:
+        ValueError: outcomes on different images, or with neither values nor counts of this score.
+    """
+    if not outcomes or any(o.items != outcomes[0].items for o in outcomes):
+        raise ValueError("the outcomes are none, or not of the same images in the same order")
+    if all(score in o.values for o in outcomes):
+        values = np.stack([o.values[score] for o in outcomes])
+        return interval_of_mean(values, resamples=resamples, seed=seed)
+    counts = [o.counts for o in outcomes if o.counts is not None]
+    if score != "miou" or len(counts) != len(outcomes):
+        known = [*outcomes[0].values, *(["miou"] if outcomes[0].counts is not None else [])]
+        raise ValueError(f"no values per image of {score!r}; known: {', '.join(known) or 'none'}")
+    return interval_of_miou(counts, resamples=resamples, seed=seed)
+
+
+def _miou(parts: np.ndarray) -> np.ndarray:
+    """(..., 2K) intersections and unions -> (...) mean over the classes with a union."""
+    hits, union = np.split(parts, 2, axis=-1)
+    present = union > 0
+    iou = np.divide(hits, union, out=np.zeros_like(hits), where=present)
+    # a draw of images without any counted pixel has no class: nan, left out of the interval
+    with np.errstate(invalid="ignore"):
+        return np.asarray(iou.sum(-1) / present.sum(-1))
+
+
+def _draws(images: int, width: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """(draws, images) how often each image is drawn; in parts, so that memory is bounded."""
+    if resamples < 1:
+        raise ValueError(f"resamples = {resamples}, expected 1 or more")
+    rng, step = np.random.default_rng(seed), max(1, _CHUNK // max(images, width))
+    for start in range(0, resamples, step):
+        rows = min(step, resamples - start)
+        drawn = rng.integers(0, images, (rows, images)) + np.arange(rows)[:, None] * images
+        counts = np.bincount(drawn.ravel(), minlength=rows * images)
+        yield counts.reshape(rows, images).astype(np.float64)
+
+
+def _interval(scores: np.ndarray, draws: np.ndarray, images: int, confidence: float) -> Interval:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence = {confidence}, expected between 0 and 1")
+    tail = (1 - confidence) / 2
+    low, high = np.nanquantile(draws, [tail, 1 - tail]) if images > 1 else (np.nan, np.nan)
+    return Interval(float(scores.mean()), float(low), float(high), tuple(map(float, scores)))

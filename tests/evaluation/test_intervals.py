@@ -1,0 +1,172 @@
+"""Bootstrap intervals: known answers, other people's mIoU, and coverage on synthetic sets."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torchmetrics.classification import MulticlassJaccardIndex
+
+from ssl_flow.evaluation import intervals
+from ssl_flow.evaluation.intervals import (
+    Interval,
+    better,
+    interval_of_mean,
+    interval_of_miou,
+    interval_of_outcomes,
+)
+from ssl_flow.evaluation.metrics import ConfusionMatrix
+from ssl_flow.evaluation.outcome import Outcome
+
+
+def _images(rng, images, classes=4):
+    """(N, K, K) counts of images that differ in their classes and in how hard they are."""
+    mix = rng.dirichlet(np.ones(classes), images)
+    true = np.stack([rng.multinomial(400, m) for m in mix])  # (N, K)
+    right = rng.beta(4, 2, images)[:, None, None]
+    chance = np.eye(classes) * right + (1 - right) / classes  # (N, K, K)
+    return rng.multinomial(true, chance)
+
+
+def test_coverage_of_the_mean():
+    rng = np.random.default_rng(0)
+    truth = 2 / 7  # the mean of Beta(2, 5)
+    hits = 0
+    for i in range(300):
+        low_high = interval_of_mean(rng.beta(2, 5, 40), resamples=300, seed=i)
+        hits += low_high.low <= truth <= low_high.high
+    assert 0.89 <= hits / 300 <= 0.98
+
+
+def test_coverage_of_miou():
+    rng = np.random.default_rng(1)
+    everything = ConfusionMatrix(4)
+    everything.counts = torch.from_numpy(_images(rng, 50_000).sum(0))
+    hits = 0
+    for i in range(200):
+        found = interval_of_miou(_images(rng, 40), resamples=300, seed=i)
+        hits += found.low <= everything.miou() <= found.high
+    assert 0.88 <= hits / 200 <= 0.99
+
+
+def test_width_of_the_mean_is_the_normal_one_on_many_images():
+    values = np.random.default_rng(2).normal(3, 2, 2000)
+    found = interval_of_mean(values, resamples=4000)
+    expected = 1.96 * values.std() / math.sqrt(2000)
+    assert found.value == pytest.approx(values.mean()) and found.spread is None
+    assert found.high - found.value == pytest.approx(expected, rel=0.08)
+    assert found.value - found.low == pytest.approx(expected, rel=0.08)
+    wide = interval_of_mean(values, confidence=0.99, resamples=4000)
+    assert wide.low < found.low and wide.high > found.high
+
+
+def test_miou_is_that_of_torchmetrics_and_scikit_learn():
+    jaccard_score = pytest.importorskip("sklearn.metrics").jaccard_score
+    rng = np.random.default_rng(3)
+    truth, prediction = rng.integers(0, 5, (2, 12, 30))
+    prediction = np.where(rng.random(truth.shape) < 0.5, truth, prediction)
+    counts = np.zeros((12, 5, 5), np.int64)
+    for image in range(12):
+        np.add.at(counts[image], (truth[image], prediction[image]), 1)
+    found = interval_of_miou(counts).value
+    theirs = MulticlassJaccardIndex(5)(torch.from_numpy(prediction), torch.from_numpy(truth))
+    assert found == pytest.approx(float(theirs), abs=1e-6)
+    expected = jaccard_score(truth.ravel(), prediction.ravel(), average="macro")
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_draws_are_scored_as_sets_and_absent_classes_left_out():
+    """Against a loop that sums whole confusion matrices, with the draws of the same seed."""
+    rng = np.random.default_rng(4)
+    counts = _images(rng, 7)
+    counts[1:, :, 3] = counts[1:, 3, :] = 0  # only the first image has class 3
+    found = interval_of_miou(counts, resamples=50, seed=5)
+    draws = np.random.default_rng(5).integers(0, 7, (50, 7))
+    scores = []
+    for draw in draws:
+        matrix = ConfusionMatrix(4)
+        for image in draw:
+            matrix.counts += torch.from_numpy(counts[image])
+        scores.append(matrix.miou())
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(scores, [0.025, 0.975])))
+
+
+def test_memory_is_bounded_without_changing_the_draws(monkeypatch):
+    values, counts = np.random.default_rng(6).random(50), _images(np.random.default_rng(6), 50)
+    whole = interval_of_mean(values), interval_of_miou(counts)
+    sizes, draw = [], intervals._draws
+    monkeypatch.setattr(intervals, "_CHUNK", 700)
+    monkeypatch.setattr(
+        intervals, "_draws", lambda *a: (sizes.append(w.size) or w for w in draw(*a))
+    )
+    assert (interval_of_mean(values), interval_of_miou(counts)) == whole
+    assert max(sizes) <= 700 and len(sizes) == 2 * math.ceil(2000 / 14)
+    assert interval_of_mean(values, seed=1) != whole[0]
+
+
+def test_seeds_share_the_images_and_are_told_apart_from_them():
+    rng = np.random.default_rng(7)
+    values = rng.random(30)
+    shifted = np.stack([values - 0.1, values, values + 0.1])
+    one, three = interval_of_mean(values), interval_of_mean(shifted)
+    assert three.seeds == pytest.approx((one.value - 0.1, one.value, one.value + 0.1))
+    assert three.spread == pytest.approx(0.1)
+    # images drawn jointly: the same interval, neither wider nor narrower
+    assert (three.value, three.low, three.high) == pytest.approx((one.value, one.low, one.high))
+    counts = _images(rng, 30)
+    one, two = interval_of_miou(counts), interval_of_miou([counts, counts])
+    assert two.seeds == (one.value, one.value) and two.spread == 0
+    assert (two.value, two.low, two.high) == pytest.approx((one.value, one.low, one.high))
+
+
+def test_one_image_has_no_interval_and_is_never_better():
+    for found in (interval_of_mean(np.array([0.7])), interval_of_miou(np.eye(3)[None])):
+        assert found.value in (0.7, 1.0) and math.isnan(found.low) and math.isnan(found.high)
+        low = Interval(0.1, 0.05, 0.15, (0.1,))
+        assert not better(found, low) and not better(low, found)
+
+
+def test_better_only_without_overlap():
+    high, low = Interval(0.7, 0.65, 0.75, (0.68, 0.72)), Interval(0.5, 0.45, 0.55, (0.5,))
+    assert better(high, low) and not better(low, high)
+    assert better(low, high, larger_is_better=False)
+    assert not better(high, Interval(0.6, 0.5, 0.66, (0.6,)))
+    assert not better(high, Interval(0.5, 0.45, 0.55, (0.3, 0.7)))  # a seed of it beat one of high
+    assert not better(high, high)
+
+
+def test_outcomes():
+    rng = np.random.default_rng(8)
+    counts, values = _images(rng, 6), rng.random(6)
+    names = [f"image{i}" for i in range(6)]
+
+    def outcome(**given):
+        return Outcome({"miou": 0.5}, **({"counts": counts, "items": names} | given))
+
+    both = [outcome(values={"J&F": values}), outcome(values={"J&F": values + 1})]
+    assert interval_of_outcomes(both, "miou") == interval_of_miou([counts, counts])
+    expected = interval_of_mean(np.stack([values, values + 1]))
+    assert interval_of_outcomes(both, "J&F") == expected
+    with pytest.raises(ValueError, match="no values per image of 'accuracy'; known: J&F, miou"):
+        interval_of_outcomes(both, "accuracy")
+    for bad in ([], [outcome(), outcome(items=names[::-1])]):
+        with pytest.raises(ValueError, match="not of the same images"):
+            interval_of_outcomes(bad, "miou")
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match=r"the value of image 1 \(seed 0\) is nan"):
+        interval_of_mean(np.array([0.1, np.nan]))
+    with pytest.raises(ValueError, match=r"shape \(0,\), expected \(N,\)"):
+        interval_of_mean(np.array([]))
+    for bad in (np.ones((3, 3)), [np.ones((2, 3, 4))], [], np.ones((0, 3, 3))):
+        with pytest.raises(ValueError, match=r"expected \(N, K, K\)"):
+            interval_of_miou(bad)
+    with pytest.raises(ValueError, match="different shapes"):
+        interval_of_miou([np.ones((2, 3, 3)), np.ones((3, 3, 3))])
+    with pytest.raises(ValueError, match="every label is ignored"):
+        interval_of_miou(np.zeros((2, 3, 3)))
+    with pytest.raises(ValueError, match="confidence = 95"):
+        interval_of_mean(np.ones(3), confidence=95)
+    with pytest.raises(ValueError, match="resamples = 0"):
+        interval_of_mean(np.ones(3), resamples=0)
