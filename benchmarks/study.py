@@ -3,6 +3,7 @@
     python benchmarks/study.py --data DATA --out OUT --name kta --store STORE --lr 3e-3
     python benchmarks/study.py ... --name kta+ridge --terms kernel_alignment,ridge=0.5
     python benchmarks/study.py ... --name random --encoder random:resnet18      # judge only
+    python benchmarks/study.py --out OUT --table                                # the rows so far
 
 The loss is the sum of `--terms`, each with its weight. Beside the three objectives of
 `CrossPixelFlowLoss` and `ridge` (`RidgeFlowLoss`): `edges` (the same of the flow's differences
@@ -13,6 +14,8 @@ than other places: InfoNCE). With `--ema` the other crop is seen by the averaged
 judged, too. Further stores (`--store A,B`) hold other gaps of the same frames: the loss is the mean
 over them.
 
+Crops are `--crop` pixels high and `--width` (0: as many) wide; with `--start-crop` they grow.
+
 Learns for so many processor minutes on one thread, whatever else the machine does. Judged is by
 benchmarks/study_judge.py. Appends a line to OUT/rows.jsonl and prints it.
 """
@@ -22,6 +25,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -46,7 +50,7 @@ from ssl_flow.training.step import Shadow, amp_type, learning_rate, make_optimiz
 NUMBERS = {
     "cpu-minutes": 4.0, "lr": 1e-3, "weight-decay": 0.05, "ema": 0.0, "min-scale": 0.3,
     "jitter": 0.4, "scale": 1.0, "sigma": 0.5, "tau-e": 0.1, "tau-f": 0.1, "crop": 128, "batch": 16,
-    "dim": 16, "hidden": 128, "views": 1, "samples": 0, "seed": 0,
+    "dim": 16, "width": 0, "start-crop": 0, "hidden": 128, "views": 1, "samples": 0, "seed": 0,
 }  # fmt: skip
 OBJECTIVES = ("cross_entropy", "kernel_alignment", "regression")
 
@@ -84,7 +88,8 @@ class Views:
         views = []
         for _ in range(self.options.views):
             height, width = first.valid.shape
-            g = sample_geometry(rng, height, width, self.options.min_scale)
+            aspect = (self.options.width or self.options.crop) / self.options.crop
+            g = sample_geometry(rng, height, width, self.options.min_scale, aspect)
             color = sample_color(rng, self.options.jitter)
             windows = [cut(sample, g, color) for sample in samples]
             views.append(([float(v) for v in (g.left, g.top, g.width, g.height)], windows))
@@ -244,7 +249,12 @@ def train(options: argparse.Namespace) -> tuple[list[Path], int]:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, int(1e6 * done))
         windows, boxes = views.batch(step * half, half)
-        pairs = [augment(some, options.crop) for some in windows]
+        side = options.crop
+        if options.start_crop:
+            stages = (side - options.start_crop) // 32
+            side = min(side, options.start_crop + 32 * int(done * 1.5 * stages))
+        shape = (side, options.width or side)
+        pairs = [augment(some, shape) for some in windows]
         images = encoder.normalize(pairs[0].image).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
             embedding = encoder(images).float()
@@ -281,12 +291,27 @@ def train(options: argparse.Namespace) -> tuple[list[Path], int]:
     return folders, step
 
 
+def table(out: Path) -> str:
+    """The rows so far as Markdown."""
+    lines = ["| name | options | steps | DAVIS | mean | CamVid |", "|---|---|---|---|---|---|"]
+    for row in map(json.loads, (out / "rows.jsonl").read_text().splitlines()):
+        call = row["call"] + " "
+        call = re.sub(r"--(data|out|name) \S+ ", "", call)
+        call = re.sub(r"[^\s,]*/", "", call)  # of stores and encoders the names alone
+        scores = " | ".join(f"{row[key]:.3f}" for key in ("davis", "davis mean", "camvid"))
+        lines.append(f"| {row['name']} | `{call.strip()}` | {row.get('steps', '')} | {scores} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Train (unless --encoder), judge, append, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="the folder of davis/ and camvid/")
     add("--out", type=Path, required=True)
+    if "--table" in sys.argv:
+        add("--table", action="store_true")
+        return print(table(parser.parse_args().out))
+    add("--data", type=Path, required=True, help="the folder of davis/ and camvid/")
     add("--name", required=True)
     add("--store", help="one or several, see above")
     add("--terms", default="kernel_alignment")

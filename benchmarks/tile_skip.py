@@ -48,7 +48,7 @@ def main() -> None:
     pairs = FlowPairs(FlowStore(arguments.store), arguments.pairs)
     flows = []
     for i in range(arguments.pairs):
-        _, flow, weight = augment(collate([pairs[i]]), side=224)
+        _, flow, weight = augment(collate([pairs[i]]), shape=(224, 224))
         flows.append(normalize_flow(flow, weight)[0].flatten(1).T)
     print("| sigma | picture order | Morton order |\n|---|---|---|")
     for sigma in (0.5, 0.25, 0.06):

@@ -37,20 +37,20 @@ class Pair(NamedTuple):
     """A batch to train on, all on the crop's own pixel scale."""
 
     image: Tensor
-    """(B, side, side, 3) uint8 RGB."""
+    """(B, H, W, 3) uint8 RGB."""
     flow: Tensor
-    """(B, 2, side/4, side/4) float32, pixels of the crop (not of the grid), x right, y down."""
+    """(B, 2, H/4, W/4) float32, pixels of the crop (not of the grid), x right, y down."""
     weight: Tensor
-    """(B, side/4, side/4) float32 in 0..1; 0 = flow unknown there, leave the pixel out."""
+    """(B, H/4, W/4) float32 in 0..1; 0 = flow unknown there, leave the pixel out."""
 
 
 @torch.no_grad()
-def augment(windows: Windows, side: int, stride: int = 4) -> Pair:
-    """Resize windows to `side` x `side` pixels, mirror them, change their colours.
+def augment(windows: Windows, shape: tuple[int, int], stride: int = 4) -> Pair:
+    """Resize windows to `shape`, mirror them, change their colours.
 
     Args:
         windows: what `ssl_flow.data.pairs.collate` made.
-        side: of the crop, in pixels; may differ from one batch to the next.
+        shape: (H, W) of the crop, in pixels; may differ from one batch to the next.
         stride: pixels of the crop per cell of the embedding grid; 1 gives flow for each pixel.
 
     Returns:
@@ -58,7 +58,7 @@ def augment(windows: Windows, side: int, stride: int = 4) -> Pair:
         trusted share of the cell, 0 where it is below one half.
     """
     sizes, flip = windows.size, windows.flip
-    frame = resize(_planes(windows.frame), sizes, flip, side)
+    frame = resize(_planes(windows.frame), sizes, flip, shape)
     matrix, offset = windows.color.split([3, 1], dim=2)
     mean = frame.mean(dim=(1, 2, 3))[:, None, None]
     image = torch.baddbmm(offset * mean, matrix, frame.flatten(2)).view_as(frame)
@@ -66,9 +66,9 @@ def augment(windows: Windows, side: int, stride: int = 4) -> Pair:
 
     flow = F.pad(_planes(windows.flow), (0, 0, 0, 0, 0, 1))
     flow[:, 2] = flow[:, 0] == flow[:, 0]  # where it is not NaN
-    grid = resize(flow.nan_to_num_(0.0), sizes, flip, side // stride)
+    grid = resize(flow.nan_to_num_(0.0), sizes, flip, (shape[0] // stride, shape[1] // stride))
     share = grid[:, 2]
-    factor = side / sizes.flip(1)  # of u and v
+    factor = torch.stack([shape[1] / sizes[:, 1], shape[0] / sizes[:, 0]], 1)  # of u and v
     factor[:, 0] *= torch.where(flip, -1, 1)
     vectors = grid[:, :2] * (factor[..., None, None] / share.clamp(min=1e-6)[:, None])
     return Pair(image.permute(0, 2, 3, 1), vectors, torch.where(share >= 0.5, share, 0))
@@ -80,8 +80,8 @@ def _planes(images: Tensor) -> Tensor:
     return planes.to(torch.float32, memory_format=torch.contiguous_format)
 
 
-def resize(images: Tensor, size: Tensor, flip: Tensor, side: int) -> Tensor:
-    """Resize windows of any sizes at once: (B, C, H, W) float32 -> (B, C, side, side).
+def resize(images: Tensor, size: Tensor, flip: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Resize windows of any sizes at once: (B, C, H, W) float32 -> (B, C, *shape).
 
     An axis that shrinks is averaged over the area of each new pixel, one that grows is interpolated
     linearly. Both are short weighted sums, of rows and then of columns: bags of embeddings, which
@@ -91,10 +91,10 @@ def resize(images: Tensor, size: Tensor, flip: Tensor, side: int) -> Tensor:
         images: window i fills [:, :h, :w]; what lies beyond must be finite and is ignored.
         size: (B, 2) float32: h, w.
         flip: (B,) bool: mirror horizontally.
-        side: of the result, in pixels.
+        shape: height and width of the result, in pixels.
     """
-    tall = _sums(images, size[:, 0], torch.zeros_like(flip), side)
-    return _sums(tall.mT, size[:, 1], flip, side).mT
+    tall = _sums(images, size[:, 0], torch.zeros_like(flip), shape[0])
+    return _sums(tall.mT, size[:, 1], flip, shape[1]).mT
 
 
 def _sums(lines: Tensor, length: Tensor, flip: Tensor, cells: int) -> Tensor:

@@ -42,11 +42,11 @@ class Window(NamedTuple):
 
 
 def sample_geometry(
-    rng: np.random.Generator, height: int, width: int, min_scale: float
+    rng: np.random.Generator, height: int, width: int, min_scale: float, aspect: float = 1.0
 ) -> Geometry:
-    """Draw a window of `min_scale`..1 of the largest square's area, aspect ratio 3/4..4/3."""
-    area = rng.uniform(min_scale, 1.0) * min(height, width) ** 2
-    aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+    """Draw a window: `min_scale`..1 of the largest area with this width / height, x 3/4..4/3."""
+    area = rng.uniform(min_scale, 1.0) * min(height, width / aspect) ** 2 * aspect
+    aspect *= np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
     window_width = min(width, max(8, round(float(np.sqrt(area * aspect)))))
     window_height = min(height, max(8, round(float(np.sqrt(area / aspect)))))
     return Geometry(

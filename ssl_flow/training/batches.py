@@ -83,7 +83,7 @@ def reading(loader: DataLoader[Window]) -> Iterator[Iterator[Windows]]:
 def make_batch(windows: Windows, side: int, encoder: Encoder, config: Config) -> Batch:
     """What the loader gives -> crops of `side` pixels, as the step takes them, on the device."""
     device = next(encoder.parameters()).device
-    pair = augment(windows.to(device), side)
+    pair = augment(windows.to(device), (side, side))
     return Batch(
         encoder.normalize(pair.image).contiguous(memory_format=torch.channels_last),
         normalize_flow(pair.flow, pair.weight, config.loss.flow_normalization),

@@ -145,7 +145,7 @@ def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Enc
     average = Shadow(encoder.state_dict().values(), judged.state_dict().values())
 
     shown = collate([pairs[k] for k in range(min(8, train.batch_size))])
-    still = augment(shown.to(device), config.data.crop)
+    still = augment(shown.to(device), (config.data.crop, config.data.crop))
     if world.is_main:
         print(
             f"{len(store)} pairs, {train.steps} steps of {train.batch_size} crops of "

@@ -46,44 +46,49 @@ def window(frame, flow=None, valid=None, flip=False, color=None):
 
 def augment_flow(flow, valid=None, side=None, flip=False, stride=4):
     """(H, W, 2) -> (side/stride, side/stride, 2) flow and weight of a batch of one."""
+    side = side or len(flow)
     frame = np.zeros((*flow.shape[:2], 3), np.uint8)
-    pair = augment(collate([window(frame, flow, valid, flip)]), side or len(flow), stride)
+    pair = augment(collate([window(frame, flow, valid, flip)]), (side, side), stride)
     return pair.flow[0].permute(1, 2, 0).numpy(), pair.weight[0].numpy()
 
 
 @pytest.mark.parametrize(
-    ("top", "left", "height", "width", "side", "flip"),
+    ("top", "left", "height", "width", "shape", "flip"),
     [
-        (10, 20, 128, 128, 128, False),
-        (10, 20, 128, 128, 128, True),
-        (5, 30, 96, 128, 128, False),  # another aspect ratio: u and v scale differently
-        (0, 0, 160, 200, 96, True),
-        (40, 40, 64, 64, 128, True),
+        (10, 20, 128, 128, (128, 128), False),
+        (10, 20, 128, 128, (128, 128), True),
+        (5, 30, 96, 128, (128, 128), False),  # another aspect ratio: u and v scale differently
+        (0, 0, 160, 200, (96, 96), True),
+        (40, 40, 64, 64, (128, 128), True),
+        (10, 10, 120, 180, (96, 160), True),
     ],
 )
-def test_augmented_flow_is_the_flow_of_augmented_frames(top, left, height, width, side, flip):
+def test_augmented_flow_is_the_flow_of_augmented_frames(top, left, height, width, shape, flip):
     first, second, flow = moving_pair()
     cut = np.s_[top : top + height, left : left + width]
     batch = collate([window(frame[cut], flow[cut], flip=flip) for frame in (first, second)])
-    pair = augment(batch, side, stride=1)
+    pair = augment(batch, shape, stride=1)
     recomputed = optical_flow(*pair.image.numpy(), method="dis")
     transformed = pair.flow[0].permute(1, 2, 0).numpy()
-    assert transformed.shape == recomputed.shape == (side, side, 2)
+    assert transformed.shape == recomputed.shape == (*shape, 2)
     torch.testing.assert_close(pair.weight, torch.ones_like(pair.weight))
     error = np.linalg.norm(recomputed - transformed, axis=-1)[12:-12, 12:-12]
     motion = np.linalg.norm(transformed, axis=-1).mean()
     assert np.median(error) < 0.1 * motion, (np.median(error), motion)
 
 
-@pytest.mark.parametrize(("height", "width", "side"), [(90, 121, 64), (150, 140, 32), (64, 64, 64)])
-def test_shrinking_averages_areas_as_opencv_does(height, width, side):
+@pytest.mark.parametrize(
+    ("height", "width", "shape"),
+    [(90, 121, (64, 64)), (150, 140, (32, 32)), (64, 64, (64, 64)), (90, 121, (32, 96))],
+)
+def test_shrinking_averages_areas_as_opencv_does(height, width, shape):
     frame = textured(height, width)
     flow = np.random.default_rng(0).normal(0, 3, (height, width, 2)).astype(np.float32)
-    pair = augment(collate([window(frame, flow)]), side)
-    expected = cv2.resize(frame, (side, side), interpolation=cv2.INTER_AREA).astype(int)
+    pair = augment(collate([window(frame, flow)]), shape)
+    expected = cv2.resize(frame, shape[::-1], interpolation=cv2.INTER_AREA).astype(int)
     assert abs(pair.image[0].numpy().astype(int) - expected).max() <= 1
-    grid = cv2.resize(flow, (side // 4, side // 4), interpolation=cv2.INTER_AREA)
-    grid *= np.array([side / width, side / height], np.float32)
+    grid = cv2.resize(flow, (shape[1] // 4, shape[0] // 4), interpolation=cv2.INTER_AREA)
+    grid *= np.array([shape[1] / width, shape[0] / height], np.float32)
     np.testing.assert_allclose(pair.flow[0].permute(1, 2, 0), grid, atol=1e-3)  # float16 holds less
 
 
@@ -92,7 +97,7 @@ def test_growing_interpolates_linearly():
     size, flip = torch.tensor([[20.0, 17.0]]).expand(2, 2), torch.tensor([False, True])
     expected = torch.nn.functional.interpolate(images, (48, 48), mode="bilinear")
     expected[1] = expected[1].flip(-1)
-    torch.testing.assert_close(resize(images, size, flip, 48), expected)
+    torch.testing.assert_close(resize(images, size, flip, (48, 48)), expected)
 
 
 def random_windows(shapes):
@@ -108,9 +113,9 @@ def random_windows(shapes):
 
 def test_a_window_is_the_same_whatever_else_is_in_the_batch():
     windows = random_windows([(40, 50, True), (64, 33, False), (30, 70, False)])
-    together = augment(collate(windows), 48)
+    together = augment(collate(windows), (48, 48))
     for i, one in enumerate(windows):
-        alone = augment(collate([one]), 48)
+        alone = augment(collate([one]), (48, 48))
         assert (alone.image[0].int() - together.image[i].int()).abs().max() <= 1
         torch.testing.assert_close(alone.flow[0], together.flow[i])
         torch.testing.assert_close(alone.weight[0], together.weight[i])
@@ -121,7 +126,7 @@ def test_a_window_is_the_same_whatever_else_is_in_the_batch():
 def test_a_gpu_makes_the_same_crops():
     windows = random_windows([(40, 50, True), (150, 133, False), (30, 170, True)])
     batch = collate(windows)
-    here, there = augment(batch, 64), augment(batch.to(torch.device("cuda")), 64)
+    here, there = (augment(b, (64, 64)) for b in (batch, batch.to(torch.device("cuda"))))
     assert (here.image.int() - there.image.cpu().int()).abs().max() <= 1
     torch.testing.assert_close(there.flow.cpu(), here.flow, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(there.weight.cpu(), here.weight, rtol=0, atol=1e-4)
@@ -157,7 +162,7 @@ def test_flip_negates_u_and_mirrors_both():
 def test_colour_is_a_matrix_and_a_part_of_the_mean():
     frame = textured(32, 32)
     color = np.random.default_rng(0).uniform(-0.3, 0.9, (3, 4))
-    image = augment(collate([window(frame, color=color)]), 32).image[0].numpy()
+    image = augment(collate([window(frame, color=color)]), (32, 32)).image[0].numpy()
     expected = frame @ color[:, :3].T + color[:, 3] * frame.mean()
     assert expected.max() > 255  # saturates
     assert abs(image - expected.clip(0, 255)).max() <= 0.51

@@ -11,14 +11,15 @@ from ssl_flow.data.pairs import FlowPairs, sample_color, sample_geometry
 from ssl_flow.flow import Sample
 
 
-def test_sampled_windows_lie_inside_and_respect_the_scale():
+@pytest.mark.parametrize(("aspect", "largest"), [(1, 90 * 90), (1.5, 90 * 135), (3, 160 * 53)])
+def test_sampled_windows_lie_inside_and_respect_the_scale(aspect, largest):
     rng = np.random.default_rng(0)
     for _ in range(500):
-        g = sample_geometry(rng, 90, 160, 0.25)
+        g = sample_geometry(rng, 90, 160, 0.25, aspect)
         assert 0 <= g.top <= 90 - g.height
         assert 0 <= g.left <= 160 - g.width
-        assert 0.2 <= g.height * g.width / 90**2 <= 1.05
-        assert 0.7 <= g.width / g.height <= 1.4
+        assert 0.2 <= g.height * g.width / largest <= 1.05
+        assert 0.7 <= g.width / g.height / aspect <= 1.4
 
 
 def test_sampled_colours_keep_grey_grey_and_can_be_off():
