@@ -20,7 +20,7 @@ from ssl_flow.models.encoder import EMBEDDING_STRIDE, Encoder
 
 def check_features(encoder: Encoder, name: str) -> None:
     """ValueError unless the encoder has features of this name."""
-    known = ["hypercolumn", *(f"stage{i + 1}" for i in range(len(encoder.channels)))]
+    known = ["hypercolumn", *(f"stage{i + 1}" for i in range(len(encoder.channels))), "last"]
     if getattr(encoder, "head", None) is not None:
         known.append("embedding")
     if name not in known:
@@ -86,7 +86,7 @@ def feature_levels(
     levels = [level.float() for level in encoder.features(images)]
     if features == "hypercolumn":
         return levels, encoder.strides
-    stage = int(features.removeprefix("stage")) - 1
+    stage = len(levels) - 1 if features == "last" else int(features.removeprefix("stage")) - 1
     return [levels[stage]], [encoder.strides[stage]]
 
 
