@@ -88,8 +88,8 @@ def read_flow_pair(folder: Path, short_side: int | None = None) -> FlowPair:
     if code.dtype != np.uint16 or any(frame.shape != code.shape for frame in frames):
         found = f"{code.dtype} {code.shape}, the frames {frames[0].shape} and {frames[1].shape}"
         raise ValueError(f"{folder}: flow10.png is {found}; expected uint16 (H, W, 3) as they are")
-    mask = (code[..., 0] > 0).astype(np.float32)
-    flow: np.ndarray = (code[..., :0:-1].astype(np.float32) - 32768) / 64 * mask[..., None]
+    mask: np.ndarray = (code[..., 0] > 0).astype(np.float32)
+    flow = (code[..., :0:-1].astype(np.float32) - 32768) / 64 * mask[..., None]
     if short_side is not None:
         height, width = mask.shape
         scale = short_side / min(height, width)
@@ -99,7 +99,7 @@ def read_flow_pair(folder: Path, short_side: int | None = None) -> FlowPair:
         flow = cv2.resize(flow, size, interpolation=cv2.INTER_AREA)
         # Shorter vectors in a smaller picture; the mean over the known pixels only.
         factor = np.array([size[0] / width, size[1] / height], np.float32)
-        flow *= factor / np.maximum(mask, 1e-3)[..., None]
+        flow = flow * factor / np.maximum(mask, 1e-3)[..., None]
     first, second = (np.ascontiguousarray(frame[..., ::-1]) for frame in frames)
     return FlowPair(first, second, flow, mask > 0.5, folder.name)
 
