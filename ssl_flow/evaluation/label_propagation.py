@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -24,27 +24,36 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from ssl_flow.data.segmentation import Labelled
 from ssl_flow.evaluation.outcome import Outcome
-from ssl_flow.evaluation.pixel_features import check_features, check_finite, feature_levels, frozen
+from ssl_flow.evaluation.pixel_features import (
+    check_features,
+    check_finite,
+    feature_levels,
+    frozen,
+    normalized_batches,
+)
 from ssl_flow.models.encoder import Encoder
 
 _TILE = 16  # side of the squares of cells that are looked up at once; no influence on the result
 
 
 class Video(Protocol):
-    """A sequence of frames with a mask on each."""
+    """A sequence of frames with a mask on each, as `open_videos` gives."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The sequence's."""
+
+    @property
+    def objects(self) -> int:
+        """How many the first mask shows."""
 
     def __len__(self) -> int:
         """The number of frames."""
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, str]:
-        """Image (H, W, 3) uint8 RGB, objects (H, W) uint8 with 0 = background, the frame's name."""
-
-
-Score = Callable[[np.ndarray, np.ndarray], dict[str, float]]
-"""(T, H, W) predicted and true objects of all frames -> J, F and J&F of the sequence."""
+    def __getitem__(self, index: int) -> Labelled:
+        """Image, objects (H, W) uint8 with 0 = background and 1..objects, the frame's name."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class LabelPropagation:
     name: ClassVar[str] = "label-propagation"
     version: ClassVar[int] = 1
     # embedding, or stage1, stage2, ...; None: the last map of the coarsest stride up to 8, or of
-    # the finest stride where all are coarser: a ViT's last layer, a ResNet's second stage.
+    # the finest stride where all are coarser: a ViT's last layer, a ResNet's map of stride 8.
     features: str | None = None
     short_side: int = 480  # frames are resized to it, the other side to a multiple of 64 below
     previous: int = 7  # frames of context besides the first one
@@ -75,7 +84,6 @@ class LabelPropagation:
 def run_label_propagation(
     encoder: Encoder,
     videos: Sequence[Video],
-    score: Score,
     protocol: LabelPropagation | None = None,
     examples: int = 6,
     progress: bool = True,
@@ -84,42 +92,44 @@ def run_label_propagation(
 
     Args:
         encoder: frozen; `features`, `embed`, `channels`, `strides`, `normalize`.
-        videos: sequences with their masks; what the first mask does not show is never predicted.
-        score: J, F and J&F of one sequence from all of its frames, the given first one included.
+        videos: sequences with their masks; only the first mask of each is shown.
         protocol: `LabelPropagation()` by default.
         examples: sequences whose last frame is kept as (image, truth, prediction).
         progress: show a progress bar.
 
     Returns:
-        Scores are means over the sequences, at the masks' resolution.
+        DAVIS's scores at the masks' resolution; `values` and `items` are those of the objects,
+        over which DAVIS takes the mean.
 
     Raises:
         ValueError: unknown features, features that are not finite (names the frame), a video of
-            fewer than 2 frames, none at all.
+            fewer than 3 frames (the first is given, the last is not scored), none at all.
     """
+    from ssl_flow.evaluation.video_metrics import davis_summary, sequence_scores
+
     protocol = protocol or LabelPropagation()
     features = protocol.features or _default_features(encoder)
     check_features(encoder, features)
     if features == "hypercolumn":
         raise ValueError("labels are propagated on one map: name a stage or the embedding")
-    short = [video.name for video in videos if len(video) < 2]
+    short = [video.name for video in videos if len(video) < 3]
     if short or not len(videos):
-        raise ValueError(f"no video of 2 frames to propagate along: {short or 'no video at all'}")
+        raise ValueError(f"no video of 3 frames to propagate along: {short or 'no video at all'}")
     start = time.perf_counter()
-    kept, values = [], dict[str, list[float]]()
+    scored, items, kept = [], [], []
     wanted = set(np.linspace(0, len(videos) - 1, min(examples, len(videos))).astype(int).tolist())
     with frozen(encoder):
         for index, video in enumerate(tqdm(videos, desc="videos", disable=not progress)):
             image, truth, prediction = _propagate_video(encoder, video, features, protocol)
-            for key, value in score(prediction, truth).items():
-                values.setdefault(key, []).append(float(value))
+            scored.append(sequence_scores(prediction, truth, video.objects))
+            items += [f"{video.name}/object {i + 1}" for i in range(video.objects)]
             if index in wanted:
                 kept.append((image, truth[-1], prediction[-1]))
-    order = sorted(values, key=lambda key: (key != "J&F", key != "J"))  # the headline first
+    means = np.concatenate([scores.mean(1) for scores in scored])  # (all objects, 2)
     return Outcome(
-        scores={key: float(np.mean(values[key])) for key in order},
-        values={key: np.array(values[key]) for key in order},
-        items=[video.name for video in videos],
+        scores=davis_summary(scored),
+        values={"J&F mean": means.mean(1), "J mean": means[:, 0], "F mean": means[:, 1]},
+        items=items,
         details={"features": features, "seconds": round(time.perf_counter() - start, 1)},
         examples=kept,
     )
@@ -137,14 +147,13 @@ def _propagate_video(
     """The last image (H, W, 3), and truth and prediction (T, H, W), the first mask being given."""
     image, truth, name = video[0]
     first, stride, size = _map(encoder, image, name, features, protocol)
-    ids = np.union1d([0], np.unique(truth))  # object ids; their place is the channel of the labels
     rows, columns = (
         # The mask's pixel at the middle of each cell, as PIL's nearest resizing takes it.
         np.minimum(((np.arange(cells) + 0.5) * stride * whole / side).astype(int), whole - 1)
         for cells, whole, side in zip(first.shape[1:], truth.shape, size, strict=True)
     )
-    cells = torch.from_numpy(np.searchsorted(ids, truth[rows][:, columns])).to(first.device)
-    given = first, F.one_hot(cells, len(ids)).movedim(2, 0).to(first.dtype)
+    cells = torch.from_numpy(truth[rows][:, columns]).to(first.device).long()
+    given = first, F.one_hot(cells, video.objects + 1).movedim(2, 0).to(first.dtype)
     recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=protocol.previous)
     truths, predictions = [truth], [truth]
     for index in range(1, len(video)):
@@ -154,7 +163,7 @@ def _propagate_video(
         soft = propagate(query, torch.stack(keys), torch.stack(labels), protocol)
         recent.append((query, soft))
         truths.append(truth)
-        predictions.append(ids[_full_resolution(soft, stride, size, truth.shape)].astype(np.uint8))
+        predictions.append(_full_resolution(soft, stride, size, truth.shape))
     return image, np.stack(truths), np.stack(predictions)
 
 
@@ -166,8 +175,8 @@ def _map(
     long = max(64, int(short * max(height, width) / min(height, width) / 64) * 64)
     size = (long, short) if height > width else (short, long)
     resized = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
-    pixels = torch.from_numpy(resized)[None].to(next(encoder.parameters()).device)
-    levels, strides = feature_levels(encoder, encoder.normalize(pixels), features)
+    _, images = next(normalized_batches(encoder, [Labelled(resized, resized, name)], 1))
+    levels, strides = feature_levels(encoder, images, features)
     check_finite(levels, 0, name)
     return F.normalize(levels[0][0], dim=0), strides[0], size
 
@@ -216,7 +225,7 @@ def _cells(like: Tensor, window: tuple[slice, ...]) -> Tensor:
 def _full_resolution(
     soft: Tensor, stride: int, size: tuple[int, int], full: tuple[int, ...]
 ) -> np.ndarray:
-    """Channel of the highest label at every pixel of the (H, W) masks.
+    """Object of the highest label at every pixel of the (H, W) masks.
 
     As in DINO's script: bilinear to the resized frame, every channel stretched to 0..1, the highest
     one taken, and only then to the masks' size, by nearest neighbour.

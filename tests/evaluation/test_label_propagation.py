@@ -1,4 +1,6 @@
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -6,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ssl_flow.data.segmentation import Labelled
 from ssl_flow.evaluation.label_propagation import (
     LabelPropagation,
     _default_features,
@@ -33,43 +36,58 @@ class FakeVideo:
     """The image shows what object is where, one colour each, unless noise is asked for."""
 
     def __init__(self, masks, name="fake", noise=False):
-        self.masks, self.name, self.noise = masks, name, noise
+        self.masks, self.name, self.noise, self.objects = masks, name, noise, 2
 
     def __len__(self):
         return len(self.masks)
 
     def __getitem__(self, index):
         mask = self.masks[index]
-        image = np.eye(3, dtype=np.uint8)[np.searchsorted([0, 3, 200], mask)] * 255
+        image = np.eye(3, dtype=np.uint8)[mask] * 255
         if self.noise:
             image = np.random.default_rng(index).integers(0, 255, image.shape, dtype=np.uint8)
-        return image, mask, f"{self.name}/{index}"
+        return Labelled(image, mask, f"{self.name}/{index}")
 
 
 def moving(frames=5, shape=(64, 128), step=8):
-    """Object 3 goes right, object 200 down; together more than the neighbourhood of 12 cells."""
+    """Object 1 goes right, object 2 down; together more than the neighbourhood of 12 cells."""
     masks = np.zeros((frames, *shape), np.uint8)
     for t in range(frames):
-        masks[t, 5:25, 10 + step * t : 30 + step * t] = 3
-        masks[t, 5 + step * t : 20 + step * t, 90:120] = 200
+        masks[t, 5:25, 10 + step * t : 30 + step * t] = 1
+        masks[t, 5 + step * t : 20 + step * t, 90:120] = 2
     return masks
 
 
-def accuracy(prediction, truth):
-    """A score that is J where there are two values, and needs no other module."""
-    assert prediction.dtype == truth.dtype == np.uint8 and prediction.shape == truth.shape
-    assert (prediction[0] == truth[0]).all()
-    hit = ((prediction == truth) & (truth > 0))[1:].sum()
-    j = hit / ((prediction > 0) | (truth > 0))[1:].sum()
-    return {"F": j / 2, "J": j, "J&F": 0.75 * j}
+@pytest.fixture(autouse=True)
+def video_metrics(monkeypatch):
+    """Intersection over union for both J and F, over all frames at once."""
+
+    def sequence_scores(predictions, truths, objects):
+        assert predictions.dtype == truths.dtype == np.uint8 and predictions.shape == truths.shape
+        assert (predictions[0] == truths[0]).all()
+        pairs = [(predictions == i, truths == i) for i in range(1, objects + 1)]
+        iou = [
+            [(p & t)[f].sum() / max(1, (p | t)[f].sum()) for f in range(1, len(p))]
+            for p, t in pairs
+        ]
+        return np.stack([iou, np.array(iou) / 2], -1)
+
+    def davis_summary(sequences):
+        j, f = np.concatenate([s.mean(1) for s in sequences]).mean(0)
+        return {"J&F mean": (j + f) / 2, "J mean": j, "F mean": f}
+
+    module = SimpleNamespace(sequence_scores=sequence_scores, davis_summary=davis_summary)
+    monkeypatch.setitem(sys.modules, "ssl_flow.evaluation.video_metrics", module)
 
 
 def test_features_that_tell_the_objects_carry_them_to_the_end():
     videos = [FakeVideo(moving(), "a"), FakeVideo(moving(3), "b")]
-    result = run_label_propagation(FakeEncoder(), videos, accuracy, SMALL, examples=1)
-    assert list(result.scores) == ["J&F", "J", "F"] and result.scores["J"] == 1
-    np.testing.assert_array_equal(result.values["J"], [1, 1])
-    assert result.items == ["a", "b"] and result.details["features"] == "stage1"
+    result = run_label_propagation(FakeEncoder(), videos, SMALL, examples=1)
+    assert list(result.scores) == ["J&F mean", "J mean", "F mean"] == list(result.values)
+    assert result.scores["J mean"] == 1 and result.scores["J&F mean"] == 0.75
+    np.testing.assert_array_equal(result.values["J&F mean"], [0.75] * 4)
+    assert result.items == ["a/object 1", "a/object 2", "b/object 1", "b/object 2"]
+    assert result.details["features"] == "stage1"
     (image, truth, prediction) = result.examples[0]
     assert image.shape == (64, 128, 3)
     np.testing.assert_array_equal(truth, moving()[-1])
@@ -78,7 +96,7 @@ def test_features_that_tell_the_objects_carry_them_to_the_end():
 
 def test_features_that_tell_nothing_leave_the_objects_behind():
     videos = [FakeVideo(moving(), noise=True)]
-    assert run_label_propagation(FakeEncoder(), videos, accuracy, SMALL).scores["J"] < 0.3
+    assert run_label_propagation(FakeEncoder(), videos, SMALL).scores["J mean"] < 0.3
 
 
 def test_masks_keep_their_size_when_frames_are_resized():
@@ -88,11 +106,11 @@ def test_masks_keep_their_size_when_frames_are_resized():
     encoder = FakeEncoder((8,))
     features = encoder.features
     encoder.features = lambda images: sizes.append(tuple(images.shape)) or features(images)
-    result = run_label_propagation(encoder, [video], accuracy, SMALL)
-    assert set(sizes) == {(1, 3, 64, 128)} and 0.4 < result.scores["J"] < 1
+    result = run_label_propagation(encoder, [video], SMALL)
+    assert set(sizes) == {(1, 3, 64, 128)} and 0.4 < result.scores["J mean"] < 1
     portrait = FakeVideo(moving(3, (54, 122), 1).transpose(0, 2, 1).copy())
-    again = run_label_propagation(encoder, [portrait], accuracy, SMALL)
-    assert again.scores["J"] == pytest.approx(result.scores["J"], abs=0.02)
+    again = run_label_propagation(encoder, [portrait], SMALL)
+    assert again.scores["J mean"] == pytest.approx(result.scores["J mean"], abs=0.02)
     assert sizes[-1] == (1, 3, 128, 64)
 
 
@@ -133,10 +151,13 @@ def test_context_is_the_first_frame_and_the_last_ones():
     masks = moving(5, step=0)
     masks[1:4] = 0
     one = LabelPropagation(short_side=64, previous=1)
-    assert run_label_propagation(FakeEncoder(), [FakeVideo(masks)], accuracy, one).scores["J"] == 1
+    result = run_label_propagation(FakeEncoder(), [FakeVideo(masks)], one)
+    _, truth, prediction = result.examples[0]
+    np.testing.assert_array_equal(prediction, truth)
+    assert truth.any()
     noisy = [FakeVideo(moving(3), noise=True)]
     three = [
-        run_label_propagation(FakeEncoder(), noisy, accuracy, replace(SMALL, previous=n)).scores
+        run_label_propagation(FakeEncoder(), noisy, replace(SMALL, previous=n)).scores
         for n in (0, 1, 2)
     ]
     assert three[0] != three[1] == three[2]  # of 3 frames, the last has one before it and the first
@@ -149,7 +170,7 @@ def test_the_map_that_is_propagated_on():
 
 
 def test_bad_input():
-    run = lambda e, v, **o: run_label_propagation(e, v, accuracy, LabelPropagation(**o))  # noqa: E731
+    run = lambda e, v, **o: run_label_propagation(e, v, LabelPropagation(**o))  # noqa: E731
     good = FakeVideo(moving(3))
     with pytest.raises(ValueError, match="neighbours = 0, expected more than 0"):
         LabelPropagation(neighbours=0)
@@ -157,8 +178,8 @@ def test_bad_input():
         run(FakeEncoder(), [good], features="stage2")
     with pytest.raises(ValueError, match="name a stage or the embedding"):
         run(FakeEncoder(), [good], features="hypercolumn")
-    with pytest.raises(ValueError, match=r"no video of 2 frames to propagate along: \['one'\]"):
-        run(FakeEncoder(), [FakeVideo(moving(1), "one"), good])
+    with pytest.raises(ValueError, match=r"no video of 3 frames to propagate along: \['one'\]"):
+        run(FakeEncoder(), [FakeVideo(moving(2), "one"), good])
     with pytest.raises(ValueError, match="no video at all"):
         run(FakeEncoder(), [])
     broken = FakeEncoder()
