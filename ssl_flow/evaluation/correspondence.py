@@ -38,7 +38,8 @@ from ssl_flow.evaluation.pixel_features import (
 )
 from ssl_flow.models.encoder import Encoder
 
-_BATCH = 256  # pixels looked up at once; no influence on the result
+_BATCH = 256  # pixels looked up at once, and
+_KEYS = 8192  # pixels that they are compared with at once; no influence on the result
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Correspondence:
     version: ClassVar[int] = 1
     features: str = "hypercolumn"  # all levels; or embedding, or stage1 (finest), stage2, ...
     query_step: int = 16  # between the pixels of the first frame that are looked up
-    lattice_step: int = 4  # between the pixels of the second frame that are compared at first
+    lattice_step: int = 2  # between the pixels of the second frame compared at first; 1: all are
     pixels: tuple[float, ...] = (1, 3, 5)  # PCK: distances that count as right; first the headline
     sides: tuple[float, ...] = (0.05, 0.1)  # PCK: the same as fractions of the larger side
 
@@ -149,21 +150,24 @@ def _match(
             dim=1,
         )
 
-    step = protocol.lattice_step
+    step, pixels = protocol.lattice_step, torch.from_numpy(queries).to(device)
     xs, ys = (torch.arange(step // 2, n, step, device=device) for n in (width, height))
     lattice = torch.cartesian_prod(ys, xs).flip(1)  # (M, 2)
-    keys = sample(1, lattice)
+    asked = sample(0, pixels)  # (N, C)
+    best, coarse = asked.new_full((len(asked),), -torch.inf), torch.zeros_like(pixels)
+    for part in lattice.split(_KEYS):
+        similarity, which = (asked @ sample(1, part).T).max(1)
+        coarse = torch.where((similarity > best)[:, None], part[which], coarse)
+        best = best.maximum(similarity)
     around = torch.arange(-step, step + 1, device=device)
     offsets = torch.cartesian_prod(around, around)  # (P, 2)
     last = torch.tensor([width - 1, height - 1], device=device)
     found = []
-    for asked in torch.from_numpy(queries).to(device).split(_BATCH):
-        features = sample(0, asked)  # (B, C)
-        coarse = lattice[(features @ keys.T).argmax(1)]
-        near = (coarse[:, None] + offsets).clamp_min(0).minimum(last)  # (B, P, 2)
+    for features, middle in zip(asked.split(_BATCH), coarse.split(_BATCH), strict=True):
+        near = (middle[:, None] + offsets).clamp_min(0).minimum(last)  # (B, P, 2)
         fine = sample(1, near.flatten(0, 1)).unflatten(0, near.shape[:2])  # (B, P, C)
-        best = torch.einsum("bc,bpc->bp", features, fine).argmax(1)
-        found.append(near[torch.arange(len(near), device=device), best])
+        nearest = torch.einsum("bc,bpc->bp", features, fine).argmax(1)
+        found.append(near[torch.arange(len(near), device=device), nearest])
     return torch.cat(found).cpu()
 
 
