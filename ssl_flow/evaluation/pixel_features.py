@@ -8,6 +8,7 @@ together are the hypercolumn of a pixel (Hariharan et al., CVPR 2015).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -16,6 +17,19 @@ from torch import Tensor, nn
 
 from ssl_flow.data.segmentation import Labelled
 from ssl_flow.models.encoder import EMBEDDING_STRIDE, Encoder
+
+
+@contextmanager
+def frozen(encoder: Encoder) -> Iterator[None]:
+    """Eval mode and no gradients inside; every module is back in its own mode afterwards."""
+    modes = [(module, module.training) for module in encoder.modules()]
+    encoder.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def check_features(encoder: Encoder, name: str) -> None:
