@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_flow.data.segmentation import Labelled
-from ssl_flow.models.encoder import EMBEDDING_STRIDE, Encoder
+from ssl_flow.models.encoder import EMBEDDING_STRIDE, Encoder, device_of
 
 
 @contextmanager
@@ -72,7 +72,7 @@ def normalized_batches(
     encoder: Encoder, dataset: Iterable[Labelled], size: int
 ) -> Iterator[tuple[list[Labelled], Tensor]]:
     """Batches of consecutive images of equal size: the images, and (B, 3, H, W) for the encoder."""
-    device = next(encoder.parameters()).device
+    device = device_of(encoder)
 
     def batch(items: list[Labelled]) -> tuple[list[Labelled], Tensor]:
         pixels = torch.from_numpy(np.stack([item.image for item in items])).to(

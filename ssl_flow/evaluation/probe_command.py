@@ -32,8 +32,9 @@ class LinearProbeCommand:
     """Score frozen encoders with a linear classifier on labelled images (dataset-level mIoU)."""
 
     encoder: list[str]
-    """One row each: FOLDER | timm:NAME | random:NAME, or a comma-joined list of encoders of one
-    method (its pretraining seeds), which become one row with their mean and spread."""
+    """One row each: FOLDER | timm:NAME | random:NAME | torchvision:NAME | python:MODULE:FUNCTION |
+    handmade, or a comma-joined list of encoders of one method (its pretraining seeds), which become
+    one row with their mean and spread."""
     data: list[str]
     """camvid:PATH | davis:PATH | folder:PATH | synthetic, one or several."""
     out: Path
