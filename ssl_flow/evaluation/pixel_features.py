@@ -7,7 +7,7 @@ together are the hypercolumn of a pixel (Hariharan et al., CVPR 2015).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_flow.data.segmentation import Labelled
+from ssl_flow.data.segmentation import Labelled, SegmentationSet
 from ssl_flow.models.encoder import EMBEDDING_STRIDE, Encoder, device_of
 
 
@@ -66,6 +66,13 @@ def estimate_batchnorm(encoder: Encoder, images: Iterable[Tensor]) -> int:
         norm.momentum = momentum
     encoder.eval()
     return seen
+
+
+def estimate_on(encoder: Encoder, images: Sequence[Labelled] | SegmentationSet, count: int) -> int:
+    """`estimate_batchnorm` on at most `count` images spread over a set; how many it were."""
+    indices = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int).tolist()
+    batches = normalized_batches(encoder, (images[i] for i in indices), 8)
+    return estimate_batchnorm(encoder, (batch for _, batch in batches))
 
 
 def normalized_batches(

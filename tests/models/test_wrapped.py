@@ -162,7 +162,7 @@ def test_the_probe_takes_them_all(user, offline, tmp_path, capsys):
     quick = LinearProbe(pixels_per_image=100, steps=20)
     for spec in ("handmade", "python:my_networks:function"):
         result = run_linear_probe(load_encoder(spec), train, test, quick, progress=False)
-        assert 0 < result.miou <= 1
+        assert 0 < result.scores["miou"] <= 1
     arguments = ["--encoder", "no:such", "--data", "synthetic", "--out", str(tmp_path / "out")]
     assert linear_probe_command(arguments) == 2
     assert "python:MODULE:FUNCTION or handmade" in capsys.readouterr().err
