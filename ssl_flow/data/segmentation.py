@@ -41,6 +41,7 @@ class SegmentationSet:
     names: list[str]  # one a labelled image
     load: Callable[[int], tuple[np.ndarray, np.ndarray]]  # index -> image, mask
     protocol: dict[str, Any] = field(default_factory=dict)  # how the split was made, which files
+    files: list[Path] = field(default_factory=list)  # the images, where they are files
 
     def __len__(self) -> int:
         """The number of labelled images."""
@@ -242,4 +243,5 @@ def _from_files(
             raise ValueError(f"{mask_path} holds {unknown}, not among the classes {classes}")
         return image, mask.astype(np.uint8)
 
-    return SegmentationSet(name, classes, [p[0] for p in pairs], load, protocol)
+    names, images = [p[0] for p in pairs], [p[1] for p in pairs]
+    return SegmentationSet(name, classes, names, load, protocol, images)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssl_flow.data.segmentation import IGNORE, SegmentationSet
+from ssl_flow.evaluation.feature_cache import FeatureCache, cache_features, level_batches
 from ssl_flow.evaluation.metrics import ConfusionMatrix
 from ssl_flow.evaluation.pixel_features import (
     check_features,
-    check_finite,
-    feature_levels,
-    normalized_batches,
     project_levels,
     sample_levels,
 )
@@ -86,6 +85,7 @@ def run_linear_probe(
     seed: int = 0,
     examples: int = 6,
     progress: bool = True,
+    cache: str | Path | None = None,
 ) -> ProbeResult:
     """Train the probe on one split, score it on another; the encoder stays as it is.
 
@@ -97,6 +97,8 @@ def run_linear_probe(
         seed: of the pixel sample and the batches.
         examples: test images kept in the result as (image, truth, prediction), spread evenly.
         progress: show progress bars.
+        cache: folder in which the features of both splits are kept as float16 (`cache_features`),
+            so that the next probe of this encoder computes none; by default nothing is kept.
 
     Raises:
         ValueError: unknown features, different classes, non-finite features (names the image).
@@ -108,12 +110,20 @@ def run_linear_probe(
     start, was_training = time.perf_counter(), encoder.training
     encoder.eval()
     generator = torch.Generator().manual_seed(seed)
-    features, labels, used = _collect(encoder, train_set, protocol, generator, progress)
+    train_cache, test_cache = (
+        cache_features(encoder, s, cache, protocol.features, protocol.batch_images, progress)
+        if cache
+        else None
+        for s in (train_set, test_set)
+    )
+    features, labels, used = _collect(
+        encoder, train_set, protocol, generator, progress, train_cache
+    )
     weight, bias, accuracy = _fit(
         features, labels, len(train_set.classes), protocol, generator, progress
     )
     del features
-    scores, kept = _score(encoder, test_set, weight, bias, protocol, examples, progress)
+    scores, kept = _score(encoder, test_set, weight, bias, protocol, examples, progress, test_cache)
     encoder.train(was_training)
     per_class = {
         c: None if np.isnan(v) else float(v)
@@ -139,6 +149,7 @@ def _collect(
     protocol: LinearProbe,
     generator: torch.Generator,
     progress: bool,
+    cache: FeatureCache | None,
 ) -> tuple[Tensor, Tensor, int]:
     """Features (N, C) float16 and labels (N,) of the sampled pixels, and the pixels per image.
 
@@ -147,19 +158,19 @@ def _collect(
     features, labels, slots = torch.empty(0), torch.empty(0), torch.empty(0)
     limit, filled = 0, 0
     with tqdm(total=len(dataset), desc="train features", disable=not progress, leave=False) as bar:
-        for items, images in normalized_batches(encoder, dataset, protocol.batch_images):
-            levels, strides = feature_levels(encoder, images, protocol.features)
+        for items, levels, strides in level_batches(
+            encoder, dataset, protocol.features, protocol.batch_images, cache
+        ):
             if not limit:  # the first image tells the number of channels
                 channels = sum(level.shape[1] for level in levels)
                 affordable = int(protocol.cache_gib * 2**30 / (2 * channels * len(dataset)))
                 limit = max(1, min(protocol.pixels_per_image, affordable))
                 features = torch.empty(
-                    limit * len(dataset), channels, dtype=torch.float16, device=images.device
+                    limit * len(dataset), channels, dtype=torch.float16, device=levels[0].device
                 )
-                labels = torch.full([len(features)], -1, device=images.device)
+                labels = torch.full([len(features)], -1, device=levels[0].device)
                 slots = torch.randperm(len(features), generator=generator).to(labels)
             for i, item in enumerate(items):
-                check_finite(levels, i, item.name)
                 mask = torch.from_numpy(item.mask)
                 rows, columns = (mask != IGNORE).nonzero(as_tuple=True)
                 chosen = torch.randperm(len(rows), generator=generator)[:limit]
@@ -240,14 +251,14 @@ def _score(
     protocol: LinearProbe,
     examples: int,
     progress: bool,
+    cache: FeatureCache | None,
 ) -> tuple[ConfusionMatrix, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
     scores, kept, index = ConfusionMatrix(len(dataset.classes)), [], 0
     wanted = set(np.linspace(0, len(dataset) - 1, min(examples, len(dataset))).astype(int).tolist())
     with tqdm(total=len(dataset), desc="test", disable=not progress, leave=False) as bar:
-        for items, images in normalized_batches(encoder, dataset, protocol.batch_images):
-            levels, strides = feature_levels(encoder, images, protocol.features)
-            for i, item in enumerate(items):
-                check_finite(levels, i, item.name)
+        for items, levels, strides in level_batches(
+            encoder, dataset, protocol.features, protocol.batch_images, cache
+        ):
             logits = project_levels(levels, strides, weight, bias, items[0].mask.shape)
             for item, prediction in zip(items, logits.argmax(1).byte().cpu().numpy(), strict=True):
                 scores.update(prediction, item.mask)
