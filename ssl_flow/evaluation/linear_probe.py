@@ -13,6 +13,7 @@ logits are upsampled and summed: the same function, and no hypercolumn of every 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -21,12 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssl_flow.data.segmentation import IGNORE, SegmentationSet
+from ssl_flow.evaluation.feature_cache import FeatureCache, cache_features, level_batches
 from ssl_flow.evaluation.outcome import Outcome
 from ssl_flow.evaluation.pixel_features import (
     check_features,
-    check_finite,
-    feature_levels,
-    normalized_batches,
     project_levels,
     sample_levels,
 )
@@ -65,6 +64,7 @@ def run_linear_probe(
     seed: int = 0,
     examples: int = 6,
     progress: bool = True,
+    cache: str | Path | None = None,
 ) -> Outcome:
     """Train the probe on one split, score it on another; the encoder stays as it is.
 
@@ -76,6 +76,8 @@ def run_linear_probe(
         seed: of the pixel sample and the batches.
         examples: test images kept in the result as (image, truth, prediction), spread evenly.
         progress: show progress bars.
+        cache: folder in which the features of both splits are kept as float16 (`cache_features`),
+            so that the next probe of this encoder computes none; by default nothing is kept.
 
     Raises:
         ValueError: unknown features, different classes, non-finite features (names the image).
@@ -87,12 +89,20 @@ def run_linear_probe(
     scores, was_training = SegmentationScores(test_set, examples), encoder.training
     encoder.eval()
     generator = torch.Generator().manual_seed(seed)
-    features, labels, used = _collect(encoder, train_set, protocol, generator, progress)
+    train_cache, test_cache = (
+        cache_features(encoder, s, cache, protocol.features, protocol.batch_images, progress)
+        if cache
+        else None
+        for s in (train_set, test_set)
+    )
+    features, labels, used = _collect(
+        encoder, train_set, protocol, generator, progress, train_cache
+    )
     weight, bias, accuracy = _fit(
         features, labels, len(train_set.classes), protocol, generator, progress
     )
     del features
-    _score(encoder, test_set, weight, bias, protocol, scores, progress)
+    _score(encoder, test_set, weight, bias, protocol, scores, progress, test_cache)
     encoder.train(was_training)
     return scores.outcome(
         seed=seed, train_accuracy=accuracy, pixels_per_image=used, channels=weight.shape[1]
@@ -106,6 +116,7 @@ def _collect(
     protocol: LinearProbe,
     generator: torch.Generator,
     progress: bool,
+    cache: FeatureCache | None,
 ) -> tuple[Tensor, Tensor, int]:
     """Features (N, C) float16 and labels (N,) of the sampled pixels, and the pixels per image.
 
@@ -114,19 +125,19 @@ def _collect(
     features, labels, slots = torch.empty(0), torch.empty(0), torch.empty(0)
     limit, filled = 0, 0
     with tqdm(total=len(dataset), desc="train features", disable=not progress, leave=False) as bar:
-        for items, images in normalized_batches(encoder, dataset, protocol.batch_images):
-            levels, strides = feature_levels(encoder, images, protocol.features)
+        for items, levels, strides in level_batches(
+            encoder, dataset, protocol.features, protocol.batch_images, cache
+        ):
             if not limit:  # the first image tells the number of channels
                 channels = sum(level.shape[1] for level in levels)
                 affordable = int(protocol.cache_gib * 2**30 / (2 * channels * len(dataset)))
                 limit = max(1, min(protocol.pixels_per_image, affordable))
                 features = torch.empty(
-                    limit * len(dataset), channels, dtype=torch.float16, device=images.device
+                    limit * len(dataset), channels, dtype=torch.float16, device=levels[0].device
                 )
-                labels = torch.full([len(features)], -1, device=images.device)
+                labels = torch.full([len(features)], -1, device=levels[0].device)
                 slots = torch.randperm(len(features), generator=generator).to(labels)
             for i, item in enumerate(items):
-                check_finite(levels, i, item.name)
                 mask = torch.from_numpy(item.mask)
                 rows, columns = (mask != IGNORE).nonzero(as_tuple=True)
                 chosen = torch.randperm(len(rows), generator=generator)[:limit]
@@ -207,12 +218,12 @@ def _score(
     protocol: LinearProbe,
     scores: SegmentationScores,
     progress: bool,
+    cache: FeatureCache | None,
 ) -> None:
     with tqdm(total=len(dataset), desc="test", disable=not progress, leave=False) as bar:
-        for items, images in normalized_batches(encoder, dataset, protocol.batch_images):
-            levels, strides = feature_levels(encoder, images, protocol.features)
-            for i, item in enumerate(items):
-                check_finite(levels, i, item.name)
+        for items, levels, strides in level_batches(
+            encoder, dataset, protocol.features, protocol.batch_images, cache
+        ):
             logits = project_levels(levels, strides, weight, bias, items[0].mask.shape)
             for item, prediction in zip(items, logits.argmax(1).byte().cpu().numpy(), strict=True):
                 scores.add(item, prediction)

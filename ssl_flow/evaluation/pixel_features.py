@@ -102,13 +102,26 @@ def feature_levels(
     encoder: Encoder, images: Tensor, features: str
 ) -> tuple[list[Tensor], list[int]]:
     """Features of (B, 3, H, W) images: maps (B, C_i, H_i, W_i) in float32, and their strides."""
+    strides = feature_strides(encoder, features)
     if features == "embedding":
-        return [encoder.embed(images).float()], [EMBEDDING_STRIDE]
+        return [encoder.embed(images).float()], strides
     levels = [level.float() for level in encoder.features(images)]
     if features == "hypercolumn":
-        return levels, encoder.strides
-    stage = len(levels) - 1 if features == "last" else int(features.removeprefix("stage")) - 1
-    return [levels[stage]], [encoder.strides[stage]]
+        return levels, strides
+    return [levels[_stage(features)]], strides
+
+
+def feature_strides(encoder: Encoder, features: str) -> list[int]:
+    """The strides of the levels that `feature_levels` gives."""
+    if features == "embedding":
+        return [EMBEDDING_STRIDE]
+    if features == "hypercolumn":
+        return encoder.strides
+    return [encoder.strides[_stage(features)]]
+
+
+def _stage(features: str) -> int:
+    return -1 if features == "last" else int(features.removeprefix("stage")) - 1
 
 
 def sample_levels(
@@ -117,7 +130,8 @@ def sample_levels(
     """Hypercolumns at pixels of the full image.
 
     Args:
-        levels: maps (C_i, H_i, W_i); a cell covers s_i x s_i pixels, the first one starts at 0.
+        levels: maps (C_i, H_i, W_i), float32 or float16. A cell covers s_i x s_i pixels, the
+            first one starts at 0.
         strides: s_i. A map may reach past the image (270 rows: 9 cells of 32).
         rows: (N,) pixel rows.
         columns: (N,) pixel columns.
@@ -125,14 +139,29 @@ def sample_levels(
     Returns:
         (N, sum C_i), bilinear with border padding as in `F.interpolate(..., align_corners=False)`.
     """
-    pixels = torch.stack([columns, rows], -1).to(levels[0]) + 0.5  # (N, 2), x first
     sampled = []
     for level, stride in zip(levels, strides, strict=True):
-        extent = pixels.new_tensor([level.shape[2] * stride, level.shape[1] * stride])
-        grid = (pixels / extent * 2 - 1).view(1, 1, -1, 2)
-        values = F.grid_sample(level[None], grid, padding_mode="border", align_corners=False)
-        sampled.append(values[0, :, 0])
-    return torch.cat(sampled).T
+        height, width = level.shape[1:]
+        cells = level.permute(1, 2, 0).reshape(height * width, -1)  # a view if channels are last
+        (y, v), (x, u) = (
+            _neighbours(pixels.to(level.device), stride, count)
+            for pixels, count in ((rows, height), (columns, width))
+        )
+        corners = [
+            cells[y[i] * width + x[j]].float() * (v[i] * u[j])[:, None]
+            for i in (0, 1)
+            for j in (0, 1)
+        ]
+        sampled.append(torch.stack(corners).sum(0))
+    return torch.cat(sampled, dim=1)
+
+
+def _neighbours(pixels: Tensor, stride: int, count: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The two of `count` cells whose centres lie around each pixel, and their weights."""
+    place = ((pixels.float() + 0.5) / stride - 0.5).clamp(0, count - 1)
+    first = place.long()
+    weight = place - first
+    return [first, (first + 1).clamp(max=count - 1)], [1 - weight, weight]
 
 
 def project_levels(
@@ -153,7 +182,7 @@ def project_levels(
     logits = bias.view(1, -1, 1, 1)
     parts = weight.split([level.shape[1] for level in levels], dim=1)
     for level, stride, part in zip(levels, strides, parts, strict=True):
-        projected = F.conv2d(level, part[:, :, None, None])
+        projected = F.conv2d(level.float(), part[:, :, None, None])
         full = [level.shape[2] * stride, level.shape[3] * stride]
         upsampled = F.interpolate(projected, full, mode="bilinear", align_corners=False)
         logits = logits + upsampled[..., : size[0], : size[1]]

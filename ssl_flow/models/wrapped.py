@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -104,11 +105,18 @@ class WrappedEncoder(Encoder):
 
 
 class _Function(nn.Module):
-    """A plain function as a module."""
+    """A function as a module; the modules that it uses by name are its children."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
         self.forward = function
+        used: dict[str, Any] = {"owner": getattr(function, "__self__", None)}
+        if inspect.isroutine(function) and not inspect.isbuiltin(function):
+            variables = inspect.getclosurevars(function)
+            used |= {**variables.globals, **variables.nonlocals}
+        for name, value in used.items():  # else eval() and .to() would not reach them
+            if isinstance(value, nn.Module):
+                self.add_module(name, value)
         for name in ("features", "normalize"):
             if hasattr(function, name):
                 setattr(self, name, getattr(function, name))
