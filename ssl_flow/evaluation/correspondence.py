@@ -4,8 +4,7 @@
     result.scores["pck_1px"], result.scores["endpoint_error_px"]
 
 No flow is estimated and nothing is trained. Pixels on a grid in the first frame whose true match is
-known and inside the second frame are looked up in the whole second frame: the nearest neighbour
-among the pixels of a lattice, then among all pixels within one lattice step of it. Features are
+known and inside the second frame are looked up among all pixels of the second frame. Features are
 read bilinearly at pixels; every level has unit length, so the similarity of hypercolumns is the
 mean of their levels' cosines. Protocol and defaults are ours; the scores are the field's: mean
 endpoint error (Baker et al., IJCV 2011) and PCK, the share of matches within a distance (Yang and
@@ -38,8 +37,7 @@ from ssl_flow.evaluation.pixel_features import (
 )
 from ssl_flow.models.encoder import Encoder
 
-_BATCH = 256  # pixels looked up at once, and
-_KEYS = 8192  # pixels that they are compared with at once; no influence on the result
+_KEYS = 8192  # pixels compared with at once; no influence on the result
 
 
 @dataclass(frozen=True)
@@ -50,15 +48,13 @@ class Correspondence:
     version: ClassVar[int] = 1
     features: str = "hypercolumn"  # all levels; or embedding, or stage1 (finest), stage2, ...
     query_step: int = 16  # between the pixels of the first frame that are looked up
-    lattice_step: int = 2  # between the pixels of the second frame compared at first; 1: all are
     pixels: tuple[float, ...] = (1, 3, 5)  # PCK: distances that count as right; first the headline
     sides: tuple[float, ...] = (0.05, 0.1)  # PCK: the same as fractions of the larger side
 
     def __post_init__(self) -> None:
         """ValueError for a grid without pixels."""
-        for key in ("query_step", "lattice_step"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} = {getattr(self, key)}, expected 1 or more")
+        if self.query_step < 1:
+            raise ValueError(f"query_step = {self.query_step}, expected 1 or more")
 
 
 def run_correspondence(
@@ -150,25 +146,16 @@ def _match(
             dim=1,
         )
 
-    step, pixels = protocol.lattice_step, torch.from_numpy(queries).to(device)
-    xs, ys = (torch.arange(step // 2, n, step, device=device) for n in (width, height))
-    lattice = torch.cartesian_prod(ys, xs).flip(1)  # (M, 2)
+    pixels = torch.from_numpy(queries).to(device)
     asked = sample(0, pixels)  # (N, C)
-    best, coarse = asked.new_full((len(asked),), -torch.inf), torch.zeros_like(pixels)
-    for part in lattice.split(_KEYS):
-        similarity, which = (asked @ sample(1, part).T).max(1)
-        coarse = torch.where((similarity > best)[:, None], part[which], coarse)
+    best, found = asked.new_full((len(asked),), -torch.inf), torch.zeros_like(pixels)
+    everywhere = torch.arange(height * width, device=device)
+    for part in everywhere.split(_KEYS):
+        keys = torch.stack([part % width, part // width], 1)
+        similarity, which = (asked @ sample(1, keys).T).max(1)
+        found = torch.where((similarity > best)[:, None], keys[which], found)
         best = best.maximum(similarity)
-    around = torch.arange(-step, step + 1, device=device)
-    offsets = torch.cartesian_prod(around, around)  # (P, 2)
-    last = torch.tensor([width - 1, height - 1], device=device)
-    found = []
-    for features, middle in zip(asked.split(_BATCH), coarse.split(_BATCH), strict=True):
-        near = (middle[:, None] + offsets).clamp_min(0).minimum(last)  # (B, P, 2)
-        fine = sample(1, near.flatten(0, 1)).unflatten(0, near.shape[:2])  # (B, P, C)
-        nearest = torch.einsum("bc,bpc->bp", features, fine).argmax(1)
-        found.append(near[torch.arange(len(near), device=device), nearest])
-    return torch.cat(found).cpu()
+    return found.cpu()
 
 
 def _scores(error: np.ndarray, side: int, protocol: Correspondence) -> dict[str, float]:

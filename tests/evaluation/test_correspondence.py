@@ -67,10 +67,10 @@ def test_features_that_tell_nothing_are_at_chance():
 
 
 def test_matches_are_those_of_a_search_over_all_pixels():
-    """Against float64 cosines with all pixels, which a lattice of step 1 compares as well."""
+    """Against float64 cosines with all pixels."""
     pair = moved((6, 4), noise=0)
     pair = pair._replace(second=pair.second // 2)  # not all matches are right
-    protocol = Correspondence(query_step=8, lattice_step=1)
+    protocol = Correspondence(query_step=8)
     result = run_correspondence(FakeEncoder(), [pair], protocol)
     first, second = (x.astype(float) / 255 - 0.5 for x in (pair.first, pair.second))
     units = [x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (first, second)]
@@ -106,9 +106,9 @@ def test_options_change_something():
     pair = moved((5, -3), noise=0)
     scores = [
         run_correspondence(FakeEncoder((4, 8)), [pair], Correspondence(**o)).scores
-        for o in ({}, {"features": "stage2"}, {"query_step": 8}, {"lattice_step": 16})
+        for o in ({}, {"features": "stage2"}, {"query_step": 8})
     ]
-    assert len({s["endpoint_error_px"] for s in scores}) == 4
+    assert len({s["endpoint_error_px"] for s in scores}) == 3
     other = run_correspondence(FakeEncoder(), [pair], Correspondence(pixels=(2,), sides=(0.2,)))
     assert list(other.scores) == ["pck_2px", "pck_0.2", "endpoint_error_px"]
 
