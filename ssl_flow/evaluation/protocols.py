@@ -17,6 +17,7 @@ from ssl_flow.data.davis import open_videos
 from ssl_flow.data.flow_pairs import open_flow_pairs
 from ssl_flow.data.segmentation import SegmentationSet, open_segmentation
 from ssl_flow.evaluation.classification import Classification, run_classification
+from ssl_flow.evaluation.clustering import Clustering, run_clustering
 from ssl_flow.evaluation.correspondence import Correspondence, run_correspondence
 from ssl_flow.evaluation.dense_knn import DenseKnn, run_dense_knn
 from ssl_flow.evaluation.label_propagation import LabelPropagation, run_label_propagation
@@ -41,6 +42,7 @@ PROTOCOLS = {
     for entry in (
         Entry(LinearProbe, run_linear_probe),
         Entry(DenseKnn, run_dense_knn),
+        Entry(Clustering, run_clustering),
         Entry(LabelPropagation, run_label_propagation, "videos", seeded=False),
         Entry(Classification, run_classification, "images", seeded=False),
         Entry(Correspondence, run_correspondence, "pairs", seeded=False),
@@ -54,7 +56,7 @@ _PREFIXES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Data:
     """One labelled set, opened for the protocols of one kind."""
 
