@@ -198,14 +198,14 @@ def _fit(
 @torch.inference_mode()
 def _standardize(features: Tensor) -> tuple[Tensor, Tensor]:
     """Subtract the mean of every column of (N, C), in place, times the scale; (scale, mean)."""
-    chunks = features.split(65536)
-    mean = torch.stack([c.sum(0, dtype=torch.float64) for c in chunks]).sum(0) / len(features)
-    squares = [(c.float() - mean.float()).square().sum(0, dtype=torch.float64) for c in chunks]
-    variance = torch.stack(squares).sum(0) / len(features)
+    chunks = features.split(4096)  # few enough rows for sums in float32, and for the cache
+    mean = torch.stack([c.float().sum(0) for c in chunks]).double().sum(0) / len(features)
+    squares = [(c.float() - mean.float()).square_().sum(0) for c in chunks]
+    variance = torch.stack(squares).double().sum(0) / len(features)
     # A channel that never varies carries nothing; dividing by its rounding error would be noise.
     scale = torch.where(variance > 1e-10, (variance + 1e-8).rsqrt(), 0.0).float()
     for chunk in chunks:
-        chunk.copy_((chunk.float() - mean.float()) * scale)
+        chunk.copy_((chunk.float() - mean.float()).mul_(scale))
     return scale, mean.float()
 
 

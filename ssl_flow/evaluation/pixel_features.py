@@ -7,6 +7,7 @@ together are the hypercolumn of a pixel (Hariharan et al., CVPR 2015).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -191,5 +192,6 @@ def project_levels(
 
 def check_finite(levels: list[Tensor], index: int, name: str) -> None:
     """ValueError with the image's name when an encoder's output has NaN or infinity."""
-    if not all(level[index].isfinite().all() for level in levels):
+    # The largest magnitude, NaN if there is one: several times as fast as isfinite().all().
+    if not all(torch.linalg.vector_norm(x[index], math.inf).isfinite() for x in levels):
         raise ValueError(f"the encoder's features of {name} are not finite")

@@ -49,7 +49,7 @@ class WrappedEncoder(Encoder):
         except ValueError:
             raise
         except Exception as error:
-            raise ValueError(f"{name} fails on images of another size: {error!r}") from error
+            raise ValueError(f"{name} does not take images of any size: {error!r}") from error
 
     def normalize(self, images: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 RGB -> (B, 3, H, W) float32, as the network expects."""
@@ -85,7 +85,7 @@ class WrappedEncoder(Encoder):
         maps = features(images.contiguous())  # it may call view() on what comes of it
         maps = list(maps.values()) if isinstance(maps, Mapping) else maps
         maps = list(maps) if isinstance(maps, list | tuple) else [maps]
-        for level in maps:
+        for level in maps or [None]:
             if not (isinstance(level, Tensor) and level.ndim == 4 and len(level) == len(images)):
                 found = tuple(level.shape) if isinstance(level, Tensor) else type(level).__name__
                 raise ValueError(

@@ -102,6 +102,11 @@ unpadded = lambda: nn.Conv2d(3, 4, 3)
 pooled = lambda: nn.AdaptiveAvgPool2d(1)
 tokens = lambda: lambda x: x.flatten(2)
 wrong = lambda: 3
+nothing_found = lambda: lambda x: []
+
+def closure():
+    network = plain()
+    return lambda x: network(x)
 """
 
 
@@ -117,12 +122,18 @@ def user(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "strides", "channels"),
-    [("two", [2, 14], [4, 5]), ("plain", [8], [7]), ("function", [4, 14], [3, 3])],
+    [
+        ("two", [2, 14], [4, 5]),
+        ("plain", [8], [7]),
+        ("function", [4, 14], [3, 3]),
+        ("closure", [8], [7]),
+    ],
 )
 def test_a_users_function(user, name, strides, channels):
     encoder = load_encoder(f"python:my_networks:{name}", seed=1)
     assert (encoder.strides, encoder.channels) == (strides, channels)
     assert not any(module.training for module in encoder.modules())
+    assert bool(list(encoder.parameters())) == (name != "function")
     images = encoder.normalize(torch.randint(0, 256, (2, 31, 45, 3), dtype=torch.uint8))
     for level, c, s in zip(encoder.features(images), channels, strides, strict=True):
         assert level.shape == (2, c, -(-31 // s), -(-45 // s))
@@ -138,11 +149,12 @@ def test_a_users_function(user, name, strides, channels):
         ("my_networks:nothing", "has no attribute 'nothing'"),
         ("no_such_module:two", "No module named 'no_such_module'"),
         ("my_networks:wrong", "returned int; expected an nn.Module"),
+        ("my_networks:nothing_found", "gives NoneType for images"),
         ("my_networks:unpadded", "map of 222 x 446 for an image of 224 x 448"),
         ("my_networks:pooled", "map of 1 x 1 for an image"),
         ("my_networks:tokens", r"gives \(1, 3, 100352\) for images"),
         ("my_networks:declares", r"strides = \[2, 4\], but its maps have \[2, 14\]"),
-        ("my_networks:fixed", "fails on images of another size"),
+        ("my_networks:fixed", "does not take images of any size"),
     ],
 )
 def test_wrong_results_of_a_users_function_are_refused(user, spec, message):
