@@ -45,6 +45,13 @@ def resize_mask(mask: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     return _resize(mask, size, Image.Resampling.NEAREST)
 
 
+def shrink_mask(mask: np.ndarray, size: int) -> np.ndarray:
+    """(H, W) class indices -> (size, size): pixel floor(i H / size), as PyTorch's `nearest`."""
+    rows, columns = (np.arange(size) * side // size for side in mask.shape)
+    small: np.ndarray = mask[rows[:, None], columns]
+    return small
+
+
 def _resize(array: np.ndarray, size: tuple[int, ...], how: Image.Resampling) -> np.ndarray:
     if array.shape[:2] == size:
         return array
