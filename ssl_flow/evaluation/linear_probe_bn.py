@@ -8,10 +8,10 @@ crop without too much of one class, flip, colour distortion; cross-entropy whose
 pixels too; at test time windows of 512 pixels every 341, averaged logits, scored at the mask's own
 resolution. Their batch is 2 images on each of 8 GPUs with synchronised BatchNorm: here 16 at once.
 
-Ours: the recipe is ADE20K's (20,210 images) whatever the set. With `features = hypercolumn` all
-levels of an encoder are joined at the finest's stride (theirs: four layers of a ViT, of one stride)
-and batch_images of such maps are in memory. The map is the one that the encoder gives; DINOv3's has
-gone through the backbone's last LayerNorm.
+Ours: the recipe is ADE20K's (20,210 images) whatever the set. `features = hypercolumn` is theirs
+for the four levels of a ViT (their FOUR_EVEN_INTERVALS); the levels of a pyramid are normalised
+each at its own stride. The maps are those that the encoder gives; DINOv3's have gone through the
+backbone's last LayerNorm.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ssl_flow.data.segmentation import IGNORE, Labelled
 from ssl_flow.evaluation.linear_probe_plain import Classify
-from ssl_flow.evaluation.patch_features import resize_image, resize_map, resize_mask
+from ssl_flow.evaluation.patch_features import resize_image, resize_mask
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,16 @@ class BnProbe:
         """Of the training, for a set of so many images."""
         return self.steps
 
-    def head(self, channels: int, classes: int) -> nn.Module:
-        """(B, C, h, w) -> (B, K, h, w)."""
+    def head(self, channels: int, classes: int) -> nn.Conv2d:
+        """The classifier (B, C, h, w) -> (B, K, h, w)."""
         convolution = nn.Conv2d(channels, classes, 1)
         nn.init.normal_(convolution.weight, std=0.01)
         nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
-        return nn.Sequential(nn.Dropout2d(self.dropout), nn.BatchNorm2d(channels), convolution)
+        return convolution
+
+    def before(self, channels: int) -> nn.Module:
+        """What a level goes through before the classifier."""
+        return nn.Sequential(nn.Dropout2d(self.dropout), nn.BatchNorm2d(channels))
 
     def optimizer(self, head: nn.Module) -> torch.optim.Optimizer:
         """AdamW."""
@@ -123,9 +127,7 @@ class BnProbe:
         total = count = torch.zeros(())
         for rows, columns in itertools.product(*(self._starts(side) for side in size)):
             window = slice(rows, rows + self.input_size), slice(columns, columns + self.input_size)
-            scores, stride = classify(image[window])
-            side = (self.input_size, self.input_size)
-            logits = resize_map(scores, stride, side, side)
+            logits = classify(image[window], (self.input_size, self.input_size))
             if not total.ndim:
                 total, count = (logits.new_zeros(1, k, *size) for k in (logits.shape[1], 1))
             total[..., window[0], window[1]] += logits
@@ -159,7 +161,7 @@ def distort_colors(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return changed.astype(np.uint8)
 
     def by_torchvision(values: np.ndarray, how: str, amount: float) -> np.ndarray:
-        pixels = torch.from_numpy(np.ascontiguousarray(values)).permute(2, 0, 1)
+        pixels = torch.from_numpy(values.copy()).permute(2, 0, 1)
         changed: np.ndarray = getattr(V, f"adjust_{how}_image")(pixels, amount).numpy()
         return changed.transpose(1, 2, 0)
 

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from ssl_flow.data.segmentation import Labelled
-from ssl_flow.evaluation.patch_features import resize_image, resize_map, resize_mask, shrink_mask
+from ssl_flow.evaluation.patch_features import resize_image, resize_mask, shrink_mask
 
-Classify = Callable[[np.ndarray], tuple[Tensor, int]]
-"""(H, W, 3) uint8 -> scores of the classes (1, K, h, w) and their stride."""
+Classify = Callable[[np.ndarray, tuple[int, int]], Tensor]
+"""(H, W, 3) uint8 and (H', W') -> logits (1, K, H', W') of that image."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,13 @@ class PlainProbe:
         """Of the training, for a set of so many images."""
         return self.epochs * max(1, images // self.batch_images)
 
-    def head(self, channels: int, classes: int) -> nn.Module:
-        """(B, C, h, w) -> (B, K, h, w)."""
+    def head(self, channels: int, classes: int) -> nn.Conv2d:
+        """The classifier (B, C, h, w) -> (B, K, h, w)."""
         return nn.Conv2d(channels, classes, 1)
+
+    def before(self, channels: int) -> nn.Module:
+        """What a level goes through before the classifier."""
+        return nn.Identity()
 
     def optimizer(self, head: nn.Module) -> torch.optim.Optimizer:
         """SGD with momentum."""
@@ -105,6 +109,5 @@ class PlainProbe:
     def predict(self, classify: Classify, item: Labelled) -> tuple[Tensor, np.ndarray]:
         """Classes and mask of a test image, both (target_size, target_size)."""
         size = self.input_size, self.input_size
-        scores, stride = classify(resize_image(item.image, size))
-        logits = resize_map(scores, stride, size, (self.target_size, self.target_size))
+        logits = classify(resize_image(item.image, size), (self.target_size, self.target_size))
         return logits[0].argmax(0), shrink_mask(resize_mask(item.mask, size), self.target_size)

@@ -5,8 +5,9 @@
 
 Unlike `linear-probe`, whose features are extracted once, these recipes augment the images, so the
 encoder sees every image of every step: 640,000 with `BnProbe()`, 25 times the set with
-`PlainProbe()`. The head works at the map's resolution; its scores are read bilinearly at the pixels
-of the mask image by image, which is the same function for a 1x1 convolution and little memory.
+`PlainProbe()`. The head works at each level's own resolution; its scores are read bilinearly at the
+mask's pixels, summed over levels, image by image: for a 1x1 convolution that is the same function
+as on the upsampled, concatenated features, and little memory.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from ssl_flow.evaluation.linear_probe_plain import PlainProbe
 from ssl_flow.evaluation.outcome import Outcome
 from ssl_flow.evaluation.patch_features import (
     check_classes,
+    checked_levels,
     evaluating,
-    joined_features,
     resize_map,
     shrink_mask,
 )
@@ -71,14 +72,42 @@ def run_segmentation_head(
         with torch.inference_mode():
             for item in tqdm(test_set, "test", disable=not progress, leave=False):
 
-                def classify(image: np.ndarray, name: str = item.name) -> tuple[Tensor, int]:
-                    maps, stride = _encode(encoder, [image], protocol, [name])
-                    return head(maps), stride
+                def classify(
+                    image: np.ndarray, size: tuple[int, int], name: str = item.name
+                ) -> Tensor:
+                    levels, strides = _encode(encoder, [image], protocol, [name])
+                    return _read(head(levels), strides, protocol.input_size, size)
 
                 prediction, mask = protocol.predict(classify, item)
                 scores.add(item, prediction.byte().cpu().numpy(), mask)
     last = float(np.mean(losses[-100:]))
     return scores.outcome(seed=seed, steps=len(losses), train_loss=last)
+
+
+class LevelHead(nn.Module):
+    """One 1x1 convolution on several levels: each meets its own columns of the weight."""
+
+    def __init__(self, protocol: BnProbe | PlainProbe, channels: list[int], classes: int) -> None:
+        """`channels` of the levels."""
+        super().__init__()
+        self.channels = channels
+        self.convolution = protocol.head(sum(channels), classes)
+        self.before = nn.ModuleList(protocol.before(c) for c in channels)
+
+    def forward(self, levels: list[Tensor]) -> list[Tensor]:
+        """(B, C_i, h_i, w_i) -> (B, K, h_i, w_i); their sum at a pixel is its scores."""
+        weights = self.convolution.weight.split(self.channels, dim=1)
+        biases = [self.convolution.bias, *[None] * len(levels)]
+        parts = zip(self.before, levels, weights, biases, strict=False)
+        return [F.conv2d(before(level), weight, bias) for before, level, weight, bias in parts]
+
+
+def _read(scores: list[Tensor], strides: list[int], side: int, size: tuple[int, int]) -> Tensor:
+    """Sum of the levels' scores of a (side, side) image at (H', W') pixels: (B, K, H', W')."""
+    read = [
+        resize_map(s, stride, (side, side), size) for s, stride in zip(scores, strides, strict=True)
+    ]
+    return torch.stack(read).sum(0) if len(read) > 1 else read[0]
 
 
 def _train(
@@ -87,25 +116,27 @@ def _train(
     protocol: BnProbe | PlainProbe,
     seed: int,
     progress: bool,
-) -> tuple[nn.Module, list[float]]:
+) -> tuple[LevelHead, list[float]]:
     """The head, and the loss of every step."""
-    size, steps = protocol.input_size, protocol.total_steps(len(dataset))
-    head, optimizer, losses = None, None, []
+    steps, losses = protocol.total_steps(len(dataset)), []
+    head, optimizer = None, None
     examples = _examples(dataset, protocol, steps, np.random.default_rng(seed))
     bar = tqdm(examples, "train", steps, disable=not progress, leave=False)
     for step, (images, masks, names) in enumerate(bar):
-        maps, stride = _encode(encoder, images, protocol, names)
-        targets = torch.from_numpy(np.stack(masks)).to(maps.device).long()
-        if head is None or optimizer is None:  # the first map tells the number of channels
-            head = protocol.head(maps.shape[1], len(dataset.classes)).to(maps.device).train()
+        levels, strides = _encode(encoder, images, protocol, names)
+        if head is None or optimizer is None:  # the first maps tell the numbers of channels
+            channels = [level.shape[1] for level in levels]
+            head = LevelHead(protocol, channels, len(dataset.classes)).to(levels[0].device).train()
             optimizer = protocol.optimizer(head)
-        scores = head(maps)
+        scores = head(levels)
         # At the masks' resolution one image at a time; the head's own graph is walked once.
-        leaf = scores.detach().requires_grad_()
+        leaves = [score.detach().requires_grad_() for score in scores]
+        targets = torch.from_numpy(np.stack(masks)).to(scores[0].device).long()
         counted = targets.numel() if protocol.ignored_count else int((targets != IGNORE).sum())
-        loss = maps.new_zeros(())
-        for one, target in zip(leaf.split(1), targets.split(1), strict=True):
-            logits = resize_map(one, stride, (size, size), target.shape[1:])
+        loss = torch.zeros((), device=targets.device)
+        for i, target in enumerate(targets.split(1)):
+            own = [leaf[i : i + 1] for leaf in leaves]
+            logits = _read(own, strides, protocol.input_size, (len(masks[i]), len(masks[i])))
             part = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
             part = part / max(1, counted)
             part.backward()
@@ -113,7 +144,7 @@ def _train(
         for group in optimizer.param_groups:
             group["lr"] = protocol.learning_rate(step, len(dataset))
         optimizer.zero_grad()
-        scores.backward(leaf.grad)
+        torch.autograd.backward(scores, [leaf.grad for leaf in leaves])
         optimizer.step()
         losses.append(float(loss))
     assert head is not None  # there is at least one step
@@ -123,21 +154,22 @@ def _train(
 @torch.no_grad()
 def _encode(
     encoder: Encoder, images: list[np.ndarray], protocol: BnProbe | PlainProbe, names: list[str]
-) -> tuple[Tensor, int]:
-    """One map (B, C, h, w) of images, padded with 0 to input_size after normalisation."""
+) -> tuple[list[Tensor], list[int]]:
+    """Levels (B, C_i, h_i, w_i) of images, padded with 0 to input_size once normalised; strides."""
     device = next(encoder.parameters()).device
-    maps, stride = [], 0
-    for start in range(0, len(images), protocol.forward_images):
+    parts, strides, size = [], [0], protocol.forward_images
+    for start in range(0, len(images), size):
         padded = []
-        for image in images[start : start + protocol.forward_images]:
+        for image in images[start : start + size]:
             pixels = torch.from_numpy(image.copy()).to(device)[None]
             missing = [protocol.input_size - side for side in image.shape[1::-1]]
             padded.append(F.pad(encoder.normalize(pixels), (0, missing[0], 0, missing[1])))
         batch = torch.cat(padded).contiguous(memory_format=torch.channels_last)
-        some = names[start : start + protocol.forward_images]
-        one, stride = joined_features(encoder, batch, protocol.features, some)
-        maps.append(one)
-    return torch.cat(maps), stride
+        levels, strides = checked_levels(
+            encoder, batch, protocol.features, names[start : start + size]
+        )
+        parts.append(levels)
+    return [torch.cat(level) for level in zip(*parts, strict=True)], strides
 
 
 Examples = tuple[list[np.ndarray], list[np.ndarray], list[str]]

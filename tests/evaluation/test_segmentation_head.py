@@ -54,12 +54,14 @@ def _one_step(protocol, monkeypatch):
     monkeypatch.setattr(type(protocol), "total_steps", lambda self, images: 1)
     encoder = FakeEncoder((4, 8)).eval()
     torch.manual_seed(3)
-    first = protocol.head(3, 3).double()
+    channels = [3, 3] if protocol.features == "hypercolumn" else [3]
+    first = segmentation_head.LevelHead(protocol, channels, 3).double()
     torch.manual_seed(3)
     head, losses = segmentation_head._train(encoder, data, protocol, seed=5, progress=False)
     images = torch.stack([encoder.normalize(torch.from_numpy(i.image)[None])[0] for i in data])
     mask = torch.from_numpy(np.stack([i.mask for i in data]).astype(np.int64))
-    return head.double(), losses[0], first, encoder.features(images)[1].double().detach(), mask
+    levels = [level.double().detach() for level in encoder.features(images)]
+    return head.double(), losses[0], first, levels[-len(channels) :], mask
 
 
 def _same(head, first, loss, losses, rate):
@@ -74,23 +76,26 @@ def _same(head, first, loss, losses, rate):
 
 
 def test_plain_step_is_the_published_one(monkeypatch):
-    """Features upsampled first, then the convolution; the mean over labelled pixels."""
-    protocol = replace(PLAIN, batch_images=4, target_size=10)
-    head, losses, first, tokens, mask = _one_step(protocol, monkeypatch)
-    large = F.interpolate(tokens, (10, 10), mode="bilinear")
-    target = F.interpolate(mask[:, None].double(), (10, 10), mode="nearest")[:, 0].long()
-    _same(head, first, F.cross_entropy(first(large), target, ignore_index=255), losses, 1)
+    """Features upsampled and concatenated, then the convolution; mean over labelled pixels."""
+    for features in ("last", "hypercolumn"):
+        protocol = replace(PLAIN, batch_images=4, target_size=10, features=features)
+        head, losses, first, levels, mask = _one_step(protocol, monkeypatch)
+        large = [F.interpolate(level, (10, 10), mode="bilinear") for level in levels]
+        logits = first.convolution(torch.cat(large, 1))
+        target = F.interpolate(mask[:, None].double(), (10, 10), mode="nearest")[:, 0].long()
+        _same(head, first, F.cross_entropy(logits, target, ignore_index=255), losses, 1)
 
 
 def test_bn_step_is_the_published_one(monkeypatch):
     """BatchNorm over the whole batch though the encoder runs in parts; all pixels in the mean."""
     protocol = replace(BN, forward_images=3)
-    head, losses, first, tokens, mask = _one_step(protocol, monkeypatch)
-    first.train()
-    logits = F.interpolate(first(tokens), (24, 24), mode="bilinear")
+    head, losses, first, levels, mask = _one_step(protocol, monkeypatch)
+    norm = first.before[0].train()
+    logits = first.convolution(norm(levels[0]))
+    logits = F.interpolate(logits, (24, 24), mode="bilinear")
     loss = F.cross_entropy(logits, mask, ignore_index=255, reduction="none").mean()
     _same(head, first, loss, losses, protocol.learning_rate(0, 4))
-    torch.testing.assert_close(head[1].running_mean, first[1].running_mean)
+    torch.testing.assert_close(head.before[0][1].running_mean, norm[1].running_mean)
 
 
 def test_learning_rates_are_the_published_ones():
@@ -111,10 +116,10 @@ def test_windows_cover_the_image_and_are_averaged():
     item = label_set(masks(0, 1, 60)[:, :30])[0]
     small, calls = replace(BN, input_size=30), []
 
-    def classify(image):
+    def classify(image, size):
         calls.append(len(calls))
-        assert image.shape == (30, 30, 3)
-        return torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() + calls[-1], 1
+        assert image.shape == (30, 30, 3) and size == (30, 30)
+        return torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() + calls[-1]
 
     prediction, mask = small.predict(classify, item)
     assert len(calls) == 3 and np.array_equal(prediction.numpy(), mask) and mask is item.mask
