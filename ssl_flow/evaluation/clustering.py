@@ -40,6 +40,7 @@ from ssl_flow.evaluation.patch_features import (
     evaluating,
     image_features,
     resize_mask,
+    shrink_mask,
 )
 from ssl_flow.evaluation.pixel_features import check_features
 from ssl_flow.evaluation.segmentation_scores import SegmentationScores
@@ -155,8 +156,7 @@ def _walk(
 def _small_mask(mask: np.ndarray, protocol: Clustering) -> np.ndarray:
     """(H, W) -> (mask_size, mask_size), by way of the encoder's input size, nearest both times."""
     large = resize_mask(mask, (protocol.image_size, protocol.image_size))
-    pixels = np.arange(protocol.mask_size) * protocol.image_size // protocol.mask_size
-    return large[pixels[:, None], pixels]
+    return shrink_mask(large, protocol.mask_size)
 
 
 def _sample(

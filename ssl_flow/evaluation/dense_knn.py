@@ -2,15 +2,15 @@
 
     outcome = run_dense_knn(encoder, train_set, test_set, DenseKnn(), seed=0)
 
-Balažević et al., "Towards In-context Scene Understanding" (Hummingbird), NeurIPS 2023, section 3.1:
-the memory holds L2-normalised patch features of the training images and the share of each class in
-the patch; a test patch takes its k nearest ones (cosine) and averages their labels with the weights
+Balažević et al., "Towards In-context Scene Understanding" (Hummingbird), NeurIPS 2023: the memory
+holds L2-normalised patch features of the training images and the share of each class in the patch;
+a test patch takes its k nearest ones (cosine) and averages their labels with the weights
 softmax(cosine / temperature); the class probabilities are upsampled bilinearly, then argmax.
 
-Where the paper leaves room this follows its public re-implementation, vpariza's
-open-hummingbird-eval (hbird/hbird_eval.py): memory_size // images patches of each training image,
-those with the smallest u * (sum of f_c over the classes c in the patch), f_c being the number of
-the image's patches that hold c and u uniform in [0, 1): patches of rare classes come first.
+The numbers and the choice of patches are those of the public re-implementation, vpariza's
+open-hummingbird-eval (hbird/hbird_eval.py, README): memory_size // images patches of each training
+image, those with the smallest u * (sum of f_c over the classes c in the patch), f_c being the
+number of the image's patches that hold c and u uniform in [0, 1): rare classes come first.
 
 Ours: exact search instead of ScaNN's approximate one; float16 features in the memory; one pass over
 the training images as they are (theirs: two passes with random crops and colour jitter); ignored

@@ -45,18 +45,23 @@ def resize_mask(mask: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     return _resize(mask, size, Image.Resampling.NEAREST)
 
 
+def shrink_mask(mask: np.ndarray, size: int) -> np.ndarray:
+    """(H, W) class indices -> (size, size): pixel floor(i H / size), as PyTorch's `nearest`."""
+    rows, columns = (np.arange(size) * side // size for side in mask.shape)
+    small: np.ndarray = mask[rows[:, None], columns]
+    return small
+
+
 def _resize(array: np.ndarray, size: tuple[int, ...], how: Image.Resampling) -> np.ndarray:
     if array.shape[:2] == size:
         return array
     return np.asarray(Image.fromarray(array).resize((size[1], size[0]), how))
 
 
-def joined_features(
+def checked_levels(
     encoder: Encoder, images: Tensor, features: str, names: Sequence[str]
-) -> tuple[Tensor, int]:
-    """One map (B, C, H', W') of (B, 3, H, W) images, and its stride: the finest level's.
-
-    Coarser levels are brought to it bilinearly and concatenated.
+) -> tuple[list[Tensor], list[int]]:
+    """`feature_levels` of (B, 3, H, W) images.
 
     Raises:
         ValueError: a map that does not fit its stride, features that are not finite (`names` says
@@ -72,12 +77,7 @@ def joined_features(
             )
     for index, name in enumerate(names):
         check_finite(levels, index, name)
-    rows, columns = levels[0].shape[-2:]
-    same = [
-        to_stride(level, stride, strides[0])[..., :rows, :columns]
-        for level, stride in zip(levels, strides, strict=True)
-    ]
-    return torch.cat(same, 1) if len(same) > 1 else same[0], strides[0]
+    return levels, strides
 
 
 @torch.no_grad()
@@ -93,7 +93,8 @@ def image_features(
     Args:
         encoder: in eval mode.
         dataset: labelled images.
-        features: see `check_features`; several levels are joined (`joined_features`).
+        features: see `check_features`. Of a hypercolumn the coarser levels are brought to the
+            finest one bilinearly and concatenated, one image at a time.
         size: side of the square to which images are brought first; None: as they are.
         batch: images in a forward pass (no influence on the result).
 
@@ -102,16 +103,22 @@ def image_features(
         (C, ceil(H/s), ceil(W/s)) in float32; the stride s.
 
     Raises:
-        ValueError: as `joined_features`.
+        ValueError: as `checked_levels`.
     """
     resized = (
         item if size is None else item._replace(image=resize_image(item.image, (size, size)))
         for item in dataset
     )
     for group, images in normalized_batches(encoder, resized, batch):
-        maps, stride = joined_features(encoder, images, features, [item.name for item in group])
-        for item, one in zip(group, maps, strict=True):
-            yield item, one, stride
+        names = [item.name for item in group]
+        levels, strides = checked_levels(encoder, images, features, names)
+        rows, columns = levels[0].shape[-2:]
+        for i, item in enumerate(group):
+            same = [
+                to_stride(level[i : i + 1], stride, strides[0])[0, :, :rows, :columns]
+                for level, stride in zip(levels, strides, strict=True)
+            ]
+            yield item, torch.cat(same), strides[0]
 
 
 def resize_map(
