@@ -1,6 +1,6 @@
 """Fine-tuning: the encoder is where training starts, not what is judged as it is.
 
-    result = run_fine_tune(encoder, train_set, test_set, FineTune(steps=500), seed=0)
+    result = run_fine_tune(encoder, train_set, test_set, FineTune(decoder="fcn"), seed=0)
     result.scores["miou"]
 
 A copy of the encoder is trained with a decoder on top: `fcn`, a head on the last map whose logits
@@ -38,10 +38,10 @@ class FineTune:
     name: ClassVar[str] = "fine-tune"
     version: ClassVar[int] = 1
     decoder: str = "unet"  # or fcn
-    channels: int = 128  # of the decoder's maps
-    steps: int = 1000  # optimisation steps
+    channels: int = 64  # of the decoder's maps
+    steps: int = 500  # optimisation steps
     batch_images: int = 8  # images a step
-    crop: int = 320  # side of the square cut at a random place; smaller images are padded
+    crop: int = 256  # side of the square cut at a random place; smaller images are padded
     flip: bool = True  # left and right are changed in half of the crops
     lr: float = 1e-3  # AdamW's peak learning rate of the decoder, cosine to 0
     encoder_lr: float = 1e-4  # the encoder's
