@@ -4,10 +4,10 @@
     result.scores["knn_top1"], result.scores["linear_top1"]
 
 An image is resized and cropped as for ImageNet, and is the mean of its last map over all cells.
-Nearest neighbours vote as in Wu et al. (CVPR 2018, section 3.4) with DINO's k (Caron et al., ICCV
-2021, appendix F.1). The linear classifier is multinomial logistic regression on standardised
-features, solved by L-BFGS (Kornblith et al., CVPR 2019, do so too, with a penalty searched on a
-validation set); that its penalty is fixed is ours. Memory: one feature vector an image.
+Nearest neighbours vote as in Wu et al. (CVPR 2018), with the k of DINO (Caron et al., ICCV 2021;
+facebookresearch/dino: eval_knn.py). The linear classifier is multinomial logistic regression on
+standardised features, solved by L-BFGS (Kornblith et al., CVPR 2019, do so too, with a penalty
+searched on a validation set); that its penalty is fixed is ours. Memory: one vector an image.
 """
 
 from __future__ import annotations

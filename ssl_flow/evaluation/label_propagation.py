@@ -4,8 +4,8 @@
     result.scores["J&F"]
 
 Every frame's cells take the soft labels of their nearest neighbours in the first frame and the few
-before it, within a spatial neighbourhood. As Jabri et al. (NeurIPS 2020, section 4.1) with the
-settings and the details of DINO (Caron et al., ICCV 2021, section 4.2.2 and its published script).
+before it, within a spatial neighbourhood. As Jabri et al. (NeurIPS 2020), with the settings and the
+details of DINO (Caron et al., ICCV 2021; facebookresearch/dino: eval_video_segmentation.py).
 Only the features of the context are kept, and similarities are made tile by tile.
 """
 
