@@ -29,7 +29,7 @@ from flow_accuracy import cpu_model
 
 from ssl_flow.data.segmentation import open_segmentation
 from ssl_flow.evaluation import LinearProbe, linear_probe
-from ssl_flow.evaluation.probe_command import estimate_on
+from ssl_flow.evaluation.pixel_features import estimate_on
 from ssl_flow.models import load_encoder
 
 PARTS = {  # functions of linear_probe.py
@@ -90,7 +90,7 @@ def measure(options: argparse.Namespace, folder: Path) -> str:
     encoder = load_encoder(options.encoder).to(options.device)
     protocol = LinearProbe(features=options.features)
     if options.encoder.startswith("random:"):
-        estimate_on(encoder, train, protocol)
+        estimate_on(encoder, train, 64)
     clock = Clock()
     for name in PARTS:
         clock.wrap(linear_probe, name)
@@ -105,7 +105,7 @@ def measure(options: argparse.Namespace, folder: Path) -> str:
         result = linear_probe.run_linear_probe(
             encoder, train, test, protocol, progress=False, cache=cache
         )
-        scores.append(f"{label} {result.miou:.4f}")
+        scores.append(f"{label} {result.scores['miou']:.4f}")
         seconds = clock.take()
         rows = [(text, seconds[name]) for name, text in PARTS.items() if name in seconds]
         backbone = seconds.get("features", [0.0, 0.0, 0.0])

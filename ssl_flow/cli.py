@@ -19,7 +19,7 @@ _COMMANDS = {
     ),
     "train": ("ssl_flow.training.command", "train_command", "a store -> an encoder with a score"),
     "eval": (
-        "ssl_flow.evaluation.suite",
+        "ssl_flow.evaluation.suite_command",
         "eval_command",
         "encoders and labelled data -> tables and a report",
     ),

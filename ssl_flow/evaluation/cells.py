@@ -71,7 +71,7 @@ def load_cell(path: Path) -> Outcome | None:
             arrays = dict(file)
         examples = [
             (
-                cv2.imdecode(arrays[f"image {i}"], cv2.IMREAD_COLOR)[..., ::-1],
+                np.asarray(cv2.imdecode(arrays[f"image {i}"], cv2.IMREAD_COLOR))[..., ::-1],
                 arrays[f"truth {i}"],
                 arrays[f"prediction {i}"],
             )

@@ -6,13 +6,14 @@ import hashlib
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tyro
 
-from ssl_flow.data.classification import open_classification
+from ssl_flow.data.classification import ClassificationSet, open_classification
 from ssl_flow.data.davis import open_videos
 from ssl_flow.data.flow_pairs import open_flow_pairs
 from ssl_flow.data.segmentation import SegmentationSet, open_segmentation
@@ -20,9 +21,13 @@ from ssl_flow.evaluation.classification import Classification, run_classificatio
 from ssl_flow.evaluation.clustering import Clustering, run_clustering
 from ssl_flow.evaluation.correspondence import Correspondence, run_correspondence
 from ssl_flow.evaluation.dense_knn import DenseKnn, run_dense_knn
+from ssl_flow.evaluation.fine_tune import FineTune, run_fine_tune
 from ssl_flow.evaluation.label_propagation import LabelPropagation, run_label_propagation
 from ssl_flow.evaluation.linear_probe import LinearProbe, run_linear_probe
+from ssl_flow.evaluation.linear_probe_bn import BnProbe
+from ssl_flow.evaluation.linear_probe_plain import PlainProbe
 from ssl_flow.evaluation.outcome import Outcome
+from ssl_flow.evaluation.segmentation_head import run_segmentation_head
 
 
 @dataclass(frozen=True)
@@ -35,14 +40,19 @@ class Entry:
     """Of the data: segmentation, videos, images, pairs."""
     seeded: bool = True
     """Whether something in it is drawn. If not, one run says it all, but for random encoders."""
+    cached: bool = False
+    """Whether it can keep its features on the disk."""
 
 
 PROTOCOLS = {
     entry.settings.name: entry
     for entry in (
-        Entry(LinearProbe, run_linear_probe),
+        Entry(LinearProbe, run_linear_probe, cached=True),
+        Entry(BnProbe, run_segmentation_head),
+        Entry(PlainProbe, run_segmentation_head),
         Entry(DenseKnn, run_dense_knn),
         Entry(Clustering, run_clustering),
+        Entry(FineTune, run_fine_tune),
         Entry(LabelPropagation, run_label_propagation, "videos", seeded=False),
         Entry(Classification, run_classification, "images", seeded=False),
         Entry(Correspondence, run_correspondence, "pairs", seeded=False),
@@ -110,11 +120,10 @@ def open_data(kind: str, spec: str) -> Data:
     if kind == "images":
         sets = open_classification(spec, "train"), open_classification(spec, "test")
         seen, shown = (
-            _images(s.name, [f"{p.parent.name}/{p.name}" for p in s.files], lambda k, s=s: s[k][:1])
+            _images(s.name, [f"{p.parent.name}/{p.name}" for p in s.files], partial(_image_of, s))
             for s in sets
         )
-        about = {"classes": len(sets[1].classes)}
-        about |= {"train": sets[0].protocol, "test": sets[1].protocol}
+        about = {"train": sets[0].protocol, "test": sets[1].protocol}
         files = [*sets[0].files, *sets[1].files]
         return _data(spec, kind, sets, shown, seen, about, "images", files)
     pairs = open_flow_pairs(spec)
@@ -127,13 +136,16 @@ def run_protocol(
     encoder: Any,  # noqa: ANN401
     data: Data,
     seed: int,
+    cache: Path | None = None,
     progress: bool = False,
 ) -> Outcome:
-    """Run one protocol on one encoder."""
+    """Run one protocol on one encoder; `cache` is a folder for features, where it keeps any."""
     entry = PROTOCOLS[settings.name]
     options: dict[str, Any] = {"seed": seed} if entry.seeded else {}
     if data.kind in ("segmentation", "videos"):
         options["examples"] = 6
+    if entry.cached:
+        options["cache"] = cache
     return entry.run(encoder, *data.sets, protocol=settings, progress=progress, **options)
 
 
@@ -174,6 +186,10 @@ def _images(name: str, names: list[str], load: Callable[[int], Any]) -> Segmenta
         return image, mask[0] if mask else np.zeros(image.shape[:2], np.uint8)
 
     return SegmentationSet(name, [], names, labelled)
+
+
+def _image_of(dataset: ClassificationSet, index: int) -> tuple[np.ndarray]:
+    return (dataset[index].image,)
 
 
 def _data(

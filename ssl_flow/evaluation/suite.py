@@ -1,7 +1,4 @@
-"""`ssl-flow eval suite` and `ssl-flow eval PROTOCOL`: protocols x labelled data x encoders x seeds.
-
-    ssl-flow eval suite --encoders mine=runs/NAME random:resnet18 handmade \
-        --data camvid:CAMVID davis:DAVIS --protocols linear-probe label-propagation --out scores
+"""A suite: protocols x labelled data x encoders x seeds.
 
 All input is checked first. Each (protocol, data, encoder, seed) is a cell; finished cells lie in
 OUT/cells and are not computed again by the next call, whatever ended this one (`cells.py`).
@@ -9,12 +6,10 @@ OUT/cells and are not computed again by the next call, whatever ended this one (
 
 from __future__ import annotations
 
-import json
-import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,13 +25,9 @@ from ssl_flow.evaluation.protocols import (
     describe,
     fits,
     open_data,
-    parse_settings,
     run_protocol,
 )
 from ssl_flow.models import Encoder, WeightsError, load_encoder, pick_device
-
-DEFAULT = ("linear-probe", "dense-knn", "clustering", "label-propagation", "classification",
-           "correspondence")  # fmt: skip
 
 
 @dataclass
@@ -58,20 +49,13 @@ class Options:
     encoder (one run where the protocol draws nothing). A comma-joined list has one a member."""
     batchnorm_images: int = 64
     """Images that give random encoders their BatchNorm statistics."""
+    cache: Path | None = None
+    """Folder that keeps the features for linear-probe on the disk (float16), so that further seeds
+    and calls read them; camvid with a ResNet-18: 4 GB. By default none are kept."""
     device: str = "auto"
     """cpu, cuda, or auto."""
     json: bool = False
     """Print results.json instead of the table."""
-
-
-@dataclass
-class SuiteCommand(Options):
-    """Judge frozen encoders with several protocols; tables with intervals, and a report."""
-
-    protocols: tuple[str, ...] = ()
-    """Some of those named above. By default all that take some of the data, but fine-tune."""
-    set: tuple[str, ...] = ()
-    """Changed settings, as dense-knn.neighbours=20; `ssl-flow eval dense-knn --help` has them."""
 
 
 @dataclass
@@ -87,71 +71,6 @@ class Cell:
     path: Path
     outcome: Outcome | None = None
     error: str = ""
-
-
-def eval_command(argv: list[str]) -> int:
-    """Run `ssl-flow eval NAME ...` with the arguments that follow `eval`."""
-    if argv and argv[0] in PROTOCOLS:
-        return protocol_command(argv[0], argv[1:])
-    if argv and argv[0] == "suite":
-        return suite_command(argv[1:])
-    asked = not argv or argv[0] in ("-h", "--help")
-    lines = [] if asked else [f"ssl-flow eval: no protocol {argv[0]!r}"]
-    lines += ["usage: ssl-flow eval NAME [--help] ...", "", "  suite: several protocols at once"]
-    lines += [f"  {name}: takes {entry.kind}" for name, entry in PROTOCOLS.items()]
-    print("\n".join(lines), file=sys.stdout if asked else sys.stderr)
-    return 0 if asked else 2
-
-
-def suite_command(argv: list[str]) -> int:
-    """Run `ssl-flow eval suite`.
-
-    Returns:
-        0; 1 when a cell failed (it is named in the table); 2 for bad input, told on stderr.
-    """
-    text = f"{SuiteCommand.__doc__} Protocols: {', '.join(PROTOCOLS)}."
-    prog = "ssl-flow eval suite"
-    command = tyro.cli(SuiteCommand, args=argv, prog=prog, description=text)
-    names = command.protocols or [
-        name for name in DEFAULT if any(fits(PROTOCOLS[name].kind, spec) for spec in command.data)
-    ]
-    return _run("suite", argv, command, names, command.set)
-
-
-def protocol_command(name: str, argv: list[str]) -> int:
-    """Run `ssl-flow eval NAME`: the suite with one protocol, whose settings are flags."""
-    kind = PROTOCOLS[name].settings
-    # The settings' own class stays as it is: its fields become flags without a prefix.
-    settings = ("settings", Annotated[kind, tyro.conf.arg(name="")], field(default_factory=kind))
-    both = make_dataclass("Command", [settings], bases=(Options,))
-    text = f"Judge frozen encoders by the protocol {name}, version {kind.version}."
-    try:
-        command = tyro.cli(both, args=argv, prog=f"ssl-flow eval {name}", description=text)
-    except ValueError as error:  # of a setting
-        print(f"{name}: {error}", file=sys.stderr)
-        return 2
-    return _run(name, argv, command, {name: command.settings})
-
-
-def _run(
-    name: str,
-    argv: Sequence[str],
-    options: Options,
-    protocols: Sequence[str] | dict[str, Any],
-    changes: Sequence[str] = (),
-) -> int:
-    from ssl_flow.evaluation.suite_report import write_results
-
-    try:
-        settings = protocols if isinstance(protocols, dict) else parse_settings(protocols, changes)
-        cells = plan(options, settings)
-    except (ValueError, OSError, ImportError, WeightsError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 2
-    run_cells(cells, options)
-    results, text = write_results(cells, options, shlex.join(["ssl-flow", "eval", name, *argv]))
-    print(json.dumps(results, indent=2) if options.json else text)
-    return int(any(cell.error for cell in cells))
 
 
 def plan(options: Options, settings: dict[str, Any]) -> list[Cell]:
@@ -189,6 +108,7 @@ def plan(options: Options, settings: dict[str, Any]) -> list[Cell]:
                     "encoder": digests[spec, seed],
                     "seed": seed if entry.seeded else 0,  # so that seeds may make one cell
                     "batchnorm_images": options.batchnorm_images * spec.startswith("random:"),
+                    "float16": entry.cached and options.cache is not None,
                 }
                 path = cell_path(folder, about)
                 if (label, path) not in cells:
@@ -248,14 +168,16 @@ def run_cells(cells: Sequence[Cell], options: Options) -> None:
     encoder, ready = None, None  # the encoder at hand, and for what
     for number, cell in enumerate(missing, start=1):
         name = f"{cell.data.name} {cell.settings.name} {cell.label}"
-        name += f" ({cell.spec}, seed {cell.seed})" if cell.spec != cell.label else ""
+        spec = "" if cell.spec == cell.label else f"{cell.spec}, "
+        name += f" ({spec}seed {cell.seed})"
         start = time.perf_counter()
         try:
             if (cell.spec, cell.seed, cell.data) != ready:
                 encoder = prepared(cell, options)
                 ready = (cell.spec, cell.seed, cell.data)
-            progress = sys.stderr.isatty()
-            cell.outcome = run_protocol(cell.settings, encoder, cell.data, cell.seed, progress)
+            cell.outcome = run_protocol(
+                cell.settings, encoder, cell.data, cell.seed, options.cache, sys.stderr.isatty()
+            )
             save_cell(cell.path, cell.outcome, cell.about)
             score, value = next(iter(cell.outcome.scores.items()))
             said = f"{score} {value:.4f}"

@@ -9,13 +9,12 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 72em; margin: 1.5em auto
 h2 { margin-top: 2em; border-bottom: 1px solid #8886 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { border-bottom: 1px solid #8884; padding: .2em .8em .2em 0; text-align: right }
-td:first-child, th:first-child { text-align: left; overflow-wrap: anywhere }
+td { white-space: nowrap }
+td:first-child, th:first-child { text-align: left; min-width: 7em; white-space: normal }
 tr:first-child th { border-bottom: 1.5px solid; border-top: 1.5px solid }
 .wide, pre { overflow-x: auto } pre { background: #8882; padding: .7em 1em }
 pre.command { white-space: pre-wrap; overflow-wrap: anywhere }
 small, .note { color: #888; font-size: .85em } .failed { color: #c0392b }
-svg text { font: 12px system-ui, sans-serif; fill: currentColor }
-svg .axis { stroke: #8888 } svg .whisker { stroke: currentColor; stroke-width: 1.6 }
 .strips { display: grid; grid-template-columns: minmax(4em, 9em) 1fr; gap: 4px 10px;
   align-items: center; font-size: .85em; overflow-wrap: anywhere }
 .strips img { width: 100%; display: block }
@@ -38,8 +37,8 @@ svg .axis { stroke: #8888 } svg .whisker { stroke: currentColor; stroke-width: 1
 {% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>{% endmacro %}
 <h1>{{ title }}</h1>
-<p>{{ summary_text }}</p>
 {{ grid(*summary) }}
+<p class="note">{{ note }}</p>
 {% if failures %}<h2>Failed</h2><ul>{% for failure in failures %}
 <li class="failed">{{ failure }}</li>{% endfor %}</ul>{% endif %}
 {% for table in tables %}
@@ -47,22 +46,24 @@ svg .axis { stroke: #8888 } svg .whisker { stroke: currentColor; stroke-width: 1
 {{ grid(table.heads, table.rows) }}
 <p>{{ table.verdict }}</p>
 {% with bars = table.bars %}{% if bars.rows %}<svg viewBox="0 0 {{ bars.width }} {{ bars.height }}"
- width="{{ bars.width }}" style="max-width: 100%" role="img" aria-label="{{ table.title }}">
-{% for tick in bars.ticks %}<line class="axis" x1="{{ tick.x }}" x2="{{ tick.x }}" y1="4"
+ width="{{ bars.width }}" style="max-width: 100%" role="img" aria-label="{{ table.title }}"
+ font-family="system-ui, sans-serif" font-size="12" fill="currentColor">
+{% for tick in bars.ticks %}<line stroke="#8888" x1="{{ tick.x }}" x2="{{ tick.x }}" y1="4"
  y2="{{ bars.bottom }}"/><text x="{{ tick.x }}" y="{{ bars.bottom + 14 }}"
  text-anchor="middle">{{ tick.text }}</text>{% endfor %}
 {% for row in bars.rows %}<text x="{{ bars.left - 8 }}" y="{{ row.y + 4 }}" text-anchor="end">
 {{- row.label | truncate(32, True) }}</text>
 <rect x="{{ bars.left }}" y="{{ row.y - 8 }}" width="{{ row.length }}" height="16"
  fill="{{ row.color }}" fill-opacity=".75"><title>{{ row.label }}</title></rect>
-{% if row.low is not none %}<path class="whisker" fill="none" d="M{{ row.low }} {{ row.y - 5 }}v10
+{% if row.low is not none %}<path stroke="currentColor" stroke-width="1.6"
+ fill="none" d="M{{ row.low }} {{ row.y - 5 }}v10
  M{{ row.low }} {{ row.y }}H{{ row.high }} M{{ row.high }} {{ row.y - 5 }}v10"/>{% endif %}
 {% for seed in row.seeds %}<circle cx="{{ seed }}" cy="{{ row.y }}" r="2.6" fill="#fff"
  stroke="#000"/>{% endfor %}{% endfor %}
 <text x="{{ bars.left }}" y="{{ bars.bottom + 30 }}">{{ bars.name }}</text></svg>{% endif %}
 {% endwith %}
-<p class="note">Protocol: {{ table.settings }}<br>{{ table.split }}<br>{{ table.note }} Dots in the
-plot: single runs, where there are several.</p>
+<p class="note">Protocol: {{ table.settings }}<br>{{ table.split }} Dots in the plot:
+single runs, where there are several.</p>
 {% if table.per_class %}<details><summary>Score of each class</summary>
 {{ grid(*table.per_class) }}</details>{% endif %}
 {% if table.strips %}<h3>Predictions</h3>{{ strips(table.strips) }}
@@ -81,15 +82,13 @@ encoders' first runs. A mean of such numbers is not the score of the set.</p>{% 
 one basis an encoder, over all these images. Features: all levels on one grid, each of unit length
 at every pixel. Which colour is which means nothing.</p>
 {% if data.marks %}<h3>Similarity to a marked pixel</h3>
-<div class="marks">{% for mark in data.marks %}<div{% if not loop.first %} hidden{% endif %}>
-<div class="strips"><span>image, marked pixel {{ mark.number }} of {{ data.marks | length }}
-<small>(choose another by a click)</small></span><div class="marked">
-<img alt="images" src="{{ data.image }}">
-{% for place in data.marks %}<button style="left: {{ place.left }}%; top: {{ place.top }}%"
-{% if place.number == mark.number %} class="on"{% endif %}
- onclick="choose(this, {{ loop.index0 }})">{{ place.number }}</button>{% endfor %}</div></div>
-{{ strips(mark.rows) }}</div>
-{% endfor %}</div>
+<div class="marks"><div class="strips"><span>image <small>(choose a pixel by a click)</small></span>
+<div class="marked"><img alt="images" src="{{ data.image }}">{% for mark in data.marks %}
+<button style="left: {{ mark.left }}%; top: {{ mark.top }}%"
+{% if loop.first %} class="on"{% endif %}
+ onclick="choose(this)">{{ loop.index }}</button>{% endfor %}</div></div>
+{% for mark in data.marks %}<div class="sheet"{% if not loop.first %} hidden{% endif %}>
+{{ strips(mark.rows) }}</div>{% endfor %}</div>
 <p class="note">Cosine similarity of the same features at every pixel to those at the marked one,
 from the smallest value in these images (dark) to the largest (bright), for each encoder by itself.
 </p>{% endif %}
@@ -100,9 +99,10 @@ from the smallest value in these images (dark) to the largest (bright), for each
 {{ grid(*encoders) }}
 <br>{{ grid(*data_sets) }}
 <script>
-function choose(button, index) {
-  const sheets = button.closest(".marks").children;
-  for (let i = 0; i < sheets.length; i++) sheets[i].hidden = i !== index;
+function choose(button) {
+  const marks = button.closest(".marks"), chosen = Number(button.textContent) - 1;
+  marks.querySelectorAll(".sheet").forEach((sheet, i) => { sheet.hidden = i !== chosen });
+  marks.querySelectorAll("button").forEach((one) => one.classList.toggle("on", one === button));
 }
 </script>
 </body></html>

@@ -17,10 +17,10 @@ from ssl_flow.evaluation.protocols import Data, describe
 from ssl_flow.evaluation.suite import Cell
 
 NOTE = (
-    "Brackets: 95 % bootstrap interval over the {units} {unit} of the test split, which are taken "
-    "as independent (where they are frames of one video, the interval is too narrow). "
-    "±: standard deviation over runs. Bold: the best. One encoder is called better than another "
-    "only where neither their intervals nor their runs overlap."
+    "Brackets: 95 % bootstrap interval over the test images (or sequences, objects, pairs, as said "
+    "below a table), which are taken as independent; where they are frames of one video, it is too "
+    "narrow. ±: standard deviation over runs. Bold: the best value. One encoder is called better "
+    "than another only where neither their intervals nor their runs overlap."
 )
 
 
@@ -57,12 +57,12 @@ def _table(data: Data, cells: list[Cell]) -> dict[str, Any]:
             row["scores"] = {name: _as_dict(interval) for name, interval in found.items()}
     larger = not smaller_is_better(headline)
     for row in (row for row in rows if row["encoder"] in headlines):
-        mine, others = headlines[row["encoder"]], {**headlines}
-        others.pop(row["encoder"])
+        others = dict(headlines)
+        own = others.pop(row["encoder"])
         row["best"] = all(
-            mine.value >= o.value if larger else mine.value <= o.value for o in others.values()
+            own.value >= o.value if larger else own.value <= o.value for o in others.values()
         )
-        row["better_than"] = [k for k, other in others.items() if better(mine, other, larger)]
+        row["better_than"] = [k for k, other in others.items() if better(own, other, larger)]
     return {
         "data": data.name,
         "spec": data.spec,
@@ -148,8 +148,8 @@ def as_markdown(found: Sequence[dict[str, Any]]) -> str:
             shown = [row[0], f"**{row[1]}**" if marked["best"] else row[1], *row[2:]]
             lines.append("| " + " | ".join(text.replace("|", "\\|") for text in shown) + " |")
         lines += ["", verdict(table), "", f"Protocol: {settings_text(table)}. {split_text(table)}"]
-        lines += ["", NOTE.format(**table), ""]
-    return "\n".join(lines)
+        lines.append("")
+    return "\n".join([*lines, NOTE])
 
 
 def cells_of(table: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -206,7 +206,8 @@ def split_text(table: dict[str, Any]) -> str:
         if split := table["about"].get(key):
             count = next((f"{split[k]} {k}, " for k in ("images", "frames") if k in split), "")
             parts.append(f"{key}: {count}{split.get('rule', '')}")
-    return f"Data {table['spec']}; {'; '.join(parts)}."
+    over = f"Intervals over {table['units']} {table['unit']}."
+    return f"Data: {table['spec']}; {'; '.join(parts)}. {over}"
 
 
 def _plain(value: float | None) -> str:

@@ -44,7 +44,11 @@ def _masks(seed, count=6, size=24, cell=1):
 
 def test_features_that_hold_the_label_give_one():
     result = run_linear_probe(FakeEncoder(), _set(_masks(0)), _set(_masks(1)), QUICK)
-    assert result.scores["miou"] == 1 and result.scores["pixel_accuracy"] == 1 and result.details["train_accuracy"] == 1
+    assert (
+        result.scores["miou"] == 1
+        and result.scores["pixel_accuracy"] == 1
+        and result.details["train_accuracy"] == 1
+    )
     assert result.per_class == {"class0": 1, "class1": 1, "class2": 1}
     assert (result.details["channels"], result.details["pixels_per_image"]) == (6, 200)
 
@@ -64,7 +68,9 @@ def test_ignored_pixels_neither_teach_nor_count():
     result = run_linear_probe(FakeEncoder((1,)), _set(train), _set(test, images), QUICK)
     assert result.scores["miou"] == 1
     train[:, :, 5:] = 255  # 120 labelled pixels an image, fewer than asked for
-    assert run_linear_probe(FakeEncoder((1,)), _set(train), _set(_masks(1)), QUICK).scores["miou"] == 1
+    assert (
+        run_linear_probe(FakeEncoder((1,)), _set(train), _set(_masks(1)), QUICK).scores["miou"] == 1
+    )
 
 
 @pytest.mark.parametrize("size", [(32, 48), (27, 45)])
@@ -95,7 +101,9 @@ def test_scored_function_is_the_fitted_one():
     train = _set(_masks(0, cell=6), (_masks(3) * 90).astype(np.uint8)[..., None].repeat(3, 3))
     every = LinearProbe(pixels_per_image=24 * 24, batch_pixels=512, steps=50)
     result = run_linear_probe(FakeEncoder((1, 4)), train, train, every)
-    assert result.scores["pixel_accuracy"] == pytest.approx(result.details["train_accuracy"], abs=2e-3)  # float16 cache
+    assert result.scores["pixel_accuracy"] == pytest.approx(
+        result.details["train_accuracy"], abs=2e-3
+    )  # float16 cache
 
 
 def test_full_mask_resolution_is_scored():
@@ -171,4 +179,6 @@ def test_the_embedding_of_an_encoder_with_a_head():
     train, test = _set(_masks(0, cell=4)), _set(_masks(1, cell=4))
     protocol = LinearProbe(features="embedding", pixels_per_image=200, steps=300, lr=0.05)
     result = run_linear_probe(encoder, train, test, protocol)
-    assert result.details["channels"] == 3 and result.scores["pixel_accuracy"] > 0.85  # bilinear between the cells
+    assert (
+        result.details["channels"] == 3 and result.scores["pixel_accuracy"] > 0.85
+    )  # bilinear between the cells

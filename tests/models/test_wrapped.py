@@ -7,7 +7,8 @@ from torch import nn
 from torchvision import models
 
 from ssl_flow.data.segmentation import open_segmentation
-from ssl_flow.evaluation import LinearProbe, linear_probe_command, run_linear_probe
+from ssl_flow.evaluation import LinearProbe, run_linear_probe
+from ssl_flow.evaluation.suite_command import eval_command
 from ssl_flow.models import WeightsError, create_encoder, load_encoder
 
 DINO = ["vit_small_patch14_dinov2", "vit_small_patch16_dinov3", "vit_base_patch16_224.dino"]
@@ -176,7 +177,7 @@ def test_the_probe_takes_them_all(user, offline, tmp_path, capsys):
         result = run_linear_probe(load_encoder(spec), train, test, quick, progress=False)
         assert 0 < result.scores["miou"] <= 1
     arguments = ["--encoder", "no:such", "--data", "synthetic", "--out", str(tmp_path / "out")]
-    assert linear_probe_command(arguments) == 2
+    assert eval_command(["linear-probe", *arguments]) == 2
     assert "python:MODULE:FUNCTION or handmade" in capsys.readouterr().err
 
 
