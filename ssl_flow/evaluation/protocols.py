@@ -153,7 +153,8 @@ def parse_settings(protocols: Sequence[str], changes: Sequence[str]) -> dict[str
     """Protocol -> its settings, with changes such as `dense-knn.neighbours=20`.
 
     Raises:
-        ValueError: an unknown protocol or setting, or a value that does not fit.
+        ValueError: an unknown protocol or setting.
+        SystemExit: a value that does not fit, told by the parser.
     """
     flags: dict[str, list[str]] = {name: [] for name in protocols}
     for unknown in [name for name in protocols if name not in PROTOCOLS]:

@@ -71,11 +71,7 @@ def protocol_command(name: str, argv: list[str]) -> int:
     settings = ("settings", Annotated[kind, tyro.conf.arg(name="")], field(default_factory=kind))
     both = make_dataclass("Command", [settings], bases=(Options,))
     text = f"Judge frozen encoders by the protocol {name}, version {kind.version}."
-    try:
-        command: Any = tyro.cli(both, args=argv, prog=f"ssl-flow eval {name}", description=text)
-    except ValueError as error:  # of a setting
-        print(f"{name}: {error}", file=sys.stderr)
-        return 2
+    command: Any = tyro.cli(both, args=argv, prog=f"ssl-flow eval {name}", description=text)
     return _run(name, argv, command, {name: command.settings})
 
 
