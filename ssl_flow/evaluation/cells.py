@@ -34,7 +34,7 @@ def save_cell(path: Path, outcome: Outcome, about: dict[str, Any]) -> None:
     """Write an outcome; examples shrunk to 240 rows, their images as JPEG."""
     arrays = {f"value {name}": values for name, values in outcome.values.items()}
     if outcome.counts is not None:
-        arrays["counts"] = outcome.counts
+        arrays["counts"] = outcome.counts.astype(np.uint32)
     for index, (image, truth, prediction) in enumerate(outcome.examples):
         height, width = image.shape[:2]
         size = (round(width * _HEIGHT / height), _HEIGHT)

@@ -34,7 +34,7 @@ from ssl_flow.evaluation.patch_features import (
 )
 from ssl_flow.evaluation.pixel_features import check_features
 from ssl_flow.evaluation.segmentation_scores import SegmentationScores
-from ssl_flow.models.encoder import Encoder
+from ssl_flow.models.encoder import Encoder, device_of
 
 
 def run_segmentation_head(
@@ -156,7 +156,7 @@ def _encode(
     encoder: Encoder, images: list[np.ndarray], protocol: BnProbe | PlainProbe, names: list[str]
 ) -> tuple[list[Tensor], list[int]]:
     """Levels (B, C_i, h_i, w_i) of images, padded with 0 to input_size once normalised; strides."""
-    device = next(encoder.parameters()).device
+    device = device_of(encoder)
     parts, strides, size = [], [0], protocol.forward_images
     for start in range(0, len(images), size):
         padded = []

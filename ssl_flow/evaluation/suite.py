@@ -175,11 +175,12 @@ def run_cells(cells: Sequence[Cell], options: Options) -> None:
             if (cell.spec, cell.seed, cell.data) != ready:
                 encoder = prepared(cell, options)
                 ready = (cell.spec, cell.seed, cell.data)
-            cell.outcome = run_protocol(
+            outcome = run_protocol(
                 cell.settings, encoder, cell.data, cell.seed, options.cache, sys.stderr.isatty()
             )
-            save_cell(cell.path, cell.outcome, cell.about)
-            score, value = next(iter(cell.outcome.scores.items()))
+            save_cell(cell.path, outcome, cell.about)
+            cell.outcome = load_cell(cell.path)  # smaller, and the same as in a later call
+            score, value = next(iter(outcome.scores.items()))
             said = f"{score} {value:.4f}"
         except Exception as error:  # one cell must not cost the others
             cell.error = f"{type(error).__name__}: {error}"

@@ -18,9 +18,9 @@ from ssl_flow.evaluation.suite import Cell
 
 NOTE = (
     "Brackets: 95 % bootstrap interval over the test images (or sequences, objects, pairs, as said "
-    "below a table), which are taken as independent; where they are frames of one video, it is too "
-    "narrow. ±: standard deviation over runs. Bold: the best value. One encoder is called better "
-    "than another only where neither their intervals nor their runs overlap."
+    "below a table), which are taken as independent; where they are frames of one video, or few, "
+    "it is too narrow. ±: standard deviation over runs. Bold: the best value. One encoder is "
+    "called better than another only where neither their intervals nor their runs overlap."
 )
 
 
@@ -78,7 +78,7 @@ def _table(data: Data, cells: list[Cell]) -> dict[str, Any]:
 
 def by_unit(outcome: Outcome, data: Data) -> Outcome:
     """The outcome with the confusion matrices of dependent images (of a sequence) summed."""
-    if outcome.counts is None:
+    if outcome.counts is None or data.unit != "sequences":
         return outcome
     names = [data.unit_of(item) for item in outcome.items]
     units = list(dict.fromkeys(names))

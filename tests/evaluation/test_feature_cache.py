@@ -127,7 +127,7 @@ def test_files_count_by_size_and_time_and_a_few_by_their_pixels(tmp_path):
             pixels = np.random.default_rng(i).integers(0, 2, shape, np.uint8)
             Image.fromarray(pixels).save(tmp_path / kind / f"{i}.png")
     first = open_segmentation(f"folder:{tmp_path}", "train")
-    assert [file.stem for file in first.files] == first.names
+    assert [file.stem for file in first.files[::2]] == first.names
     before = data_digest(first)
     assert before == data_digest(open_segmentation(f"folder:{tmp_path}", "train"))
     shutil.copytree(tmp_path, tmp_path / "moved")  # copies times, too
@@ -233,8 +233,10 @@ def test_a_cached_probe_is_the_computed_one(tmp_path):
         run_linear_probe(encoder, train, test, protocol, progress=False, **options)
         for options in ({}, {"cache": tmp_path})
     )
-    assert cached.miou == pytest.approx(computed.miou, abs=3e-3)
-    assert cached.train_accuracy == pytest.approx(computed.train_accuracy, abs=3e-3)
+    assert cached.scores["miou"] == pytest.approx(computed.scores["miou"], abs=3e-3)
+    assert cached.details["train_accuracy"] == pytest.approx(
+        computed.details["train_accuracy"], abs=3e-3
+    )
 
 
 class Pooled(Counting):

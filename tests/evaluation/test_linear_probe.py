@@ -127,7 +127,7 @@ def test_seeds_and_options_change_something():
                   run(pixels_per_image=300), run(batch_pixels=10)):  # fmt: skip
         assert other.scores["miou"] != base.scores["miou"]
     assert run(batch_images=1).scores["miou"] == pytest.approx(base.scores["miou"], abs=1e-3)
-    assert run(cache_gib=6 * 10 * 12 / 2**30).pixels_per_image == 10  # 6 images of 6 float16
+    assert run(cache_gib=6 * 10 * 12 / 2**30).details["pixels_per_image"] == 10  # 6 x 6 float16
 
 
 def test_images_of_different_sizes_and_examples():

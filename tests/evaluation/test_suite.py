@@ -13,6 +13,7 @@ from PIL import Image
 
 from ssl_flow.cli import main
 from ssl_flow.evaluation import suite
+from ssl_flow.evaluation.protocols import PROTOCOLS
 
 NETWORKS = """
 import torch
@@ -158,6 +159,21 @@ def test_one_protocol_with_flags_and_encoders_of_one_method(data, networks, tmp_
     assert table["protocol"]["features"] == "stage1" and table["protocol"]["steps"] == 5
     (row,) = table["rows"]
     assert len(row["runs"]) == len(row["scores"]["miou"]["seeds"]) == 2
+
+
+def test_every_segmentation_protocol_takes_an_encoder_without_weights(data, networks, tmp_path):
+    names = [name for name, entry in PROTOCOLS.items() if entry.kind == "segmentation"]
+    words = arguments(data, tmp_path / "out", f"{networks}colours", protocols=names)
+    words += ["linear-probe-bn.steps=2", "linear-probe-bn.warmup_steps=0",
+              "linear-probe-bn.input_size=64", "linear-probe-bn.stride=64",
+              "linear-probe-plain.epochs=1", "linear-probe-plain.batch_images=4",
+              "linear-probe-plain.input_size=64", "clustering.image_size=64",
+              "clustering.overclusters=4", "clustering.seeds=1", "fine-tune.steps=2",
+              "fine-tune.crop=32"]  # fmt: skip
+    assert main(words) == 0
+    tables = json.loads((tmp_path / "out/results.json").read_text())["tables"]
+    assert [table["protocol"]["name"] for table in tables] == names
+    assert all(0 <= table["rows"][0]["scores"]["miou"]["value"] <= 1 for table in tables)
 
 
 def test_a_protocol_that_draws_nothing_runs_once(networks, tmp_path, calls, monkeypatch):
