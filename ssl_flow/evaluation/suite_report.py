@@ -22,6 +22,7 @@ from ssl_flow.evaluation.suite import Cell, Options
 from ssl_flow.evaluation.suite_page import PAGE
 from ssl_flow.evaluation.suite_pictures import feature_strips, hardest, predictions, short
 from ssl_flow.flow.shard import write_atomically
+from ssl_flow.models import pick_device
 
 # Okabe & Ito, told apart with any colour vision.
 _COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888"]
@@ -40,7 +41,7 @@ def write_results(
             "torch": torch.__version__,
             "timm": timm.__version__,
             "python": platform.python_version(),
-            "device": options.device,
+            "device": str(pick_device(options.device)),
         },
         "tables": tables,
     }
@@ -91,17 +92,19 @@ def _unique(rows: Any) -> list[list[str]]:  # noqa: ANN401 (an iterable of rows)
 
 
 def _summary(tables: Sequence[dict[str, Any]], labels: Sequence[str]) -> tuple[list[str], Any]:
-    heads = [f"{t['data']}, {t['protocol']['name']}: {text.pretty(t['headline'])}" for t in tables]
-    rows = []
-    for label in labels:
-        found: list[dict[str, Any]] = [
-            next((r for r in t["rows"] if r["encoder"] == label), {}) for t in tables
-        ]
-        rows.append([label] + [
-            _marked(text.number(row["scores"][table["headline"]] | {"std": None}), row["best"])
-            if row.get("scores") else "-" for row, table in zip(found, tables, strict=True)
-        ])  # fmt: skip
-    return ["encoder", *heads], rows
+    """Heads and rows: one row a table, its headline score for every encoder."""
+    lines = []
+    for table in tables:
+        found = {row["encoder"]: row for row in table["rows"] if row["scores"]}
+        line = [table["data"], table["protocol"]["name"], text.pretty(table["headline"])]
+        for label in labels:
+            row, shown = found.get(label), "-"
+            if row:
+                score = row["scores"][table["headline"]] | {"std": None}
+                shown = _marked(text.number(score), row["best"])
+            line.append(shown)
+        lines.append(line)
+    return ["data", "protocol", "score", *labels], lines
 
 
 def _section(table: dict[str, Any], data: Data, outcomes: dict[str, Outcome]) -> dict[str, Any]:
