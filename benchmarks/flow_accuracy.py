@@ -3,10 +3,10 @@
     python benchmarks/flow_accuracy.py DATA/flow [--json FILE] > benchmarks/results/flow_accuracy.md
     python benchmarks/flow_accuracy.py [DATA/flow] --device cuda [--json FILE]
 
-DATA/flow/middlebury/NAME/ holds frame10.png, frame11.png and flow10.png, the true flow in KITTI's
-encoding (16-bit PNG: u * 64 + 32768, v * 64 + 32768, known). Pairs with large motion are made from
-DATA/davis/frames and DATA/davis/masks, where those are. With another device than "cpu" the methods
-that run there are measured in batches of 64 pairs of 256 x 256 pixels, which needs no data.
+DATA/flow/middlebury/NAME/ holds pairs with the true flow (see ssl_flow/data/flow_pairs.py). Pairs
+with large motion are made from DATA/davis/frames and DATA/davis/masks, where those are. With
+another device than "cpu" the methods that run there are measured in batches of 64 pairs of
+256 x 256 pixels, which needs no data.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import platform
 import statistics
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
 
+from ssl_flow.data.flow_pairs import FlowPair, read_flow_pair
 from ssl_flow.flow import optical_flows
 from ssl_flow.flow.opencv import METHODS as OPENCV_METHODS
 
@@ -51,34 +52,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 MOTIONS = (8, 16, 32)  # pixels, of the objects in the made pairs
 
 
-class Pair(NamedTuple):
-    """Two frames (H, W, 3), the true flow (H, W, 2) and where it is known (H, W)."""
-
-    first: np.ndarray
-    second: np.ndarray
-    truth: np.ndarray
-    known: np.ndarray
-
-
-def read_pair(folder: Path, short_side: int | None) -> Pair:
-    """Read a Middlebury pair, reduced to a shorter side of `short_side` pixels."""
-    frames = [cv2.imread(str(folder / f"frame{i}.png"))[..., ::-1].copy() for i in (10, 11)]
-    code = cv2.imread(str(folder / "flow10.png"), cv2.IMREAD_UNCHANGED)  # read as known, v, u
-    known = (code[..., 0] > 0).astype(np.float32)
-    flow = (code[..., :0:-1].astype(np.float32) - 32768) / 64 * known[..., None]
-    if short_side is not None:
-        height, width = known.shape
-        scale = short_side / min(height, width)
-        size = (round(width * scale), round(height * scale))
-        frames = [cv2.resize(frame, size, interpolation=cv2.INTER_AREA) for frame in frames]
-        known = cv2.resize(known, size, interpolation=cv2.INTER_AREA)
-        flow = cv2.resize(flow, size, interpolation=cv2.INTER_AREA)
-        # Shorter vectors in a smaller picture; the mean over the known pixels only.
-        flow *= np.float32([size[0] / width, size[1] / height]) / np.maximum(known, 1e-3)[..., None]
-    return Pair(*frames, flow, known > 0.5)
-
-
-def large_motion(davis: Path, motion: float, count: int = 8) -> list[Pair]:
+def large_motion(davis: Path, motion: float, count: int = 8) -> list[FlowPair]:
     """Make pairs of 480 x 270 pixels: a DAVIS object moves by `motion`, what is behind by half.
 
     Object and background come from different videos. Each moves in a direction of its own, with a
@@ -131,20 +105,20 @@ def large_motion(davis: Path, motion: float, count: int = 8) -> list[Pair]:
         flow = np.where(mask > 0.5, flow_of(map_thing), flow_of(map_behind))
         u, v = x + flow[..., 0], y + flow[..., 1]
         inside = (u >= 0) & (u <= width - 1) & (v >= 0) & (v <= height - 1)
-        pairs.append(Pair(noisy(first), noisy(second), flow, inside))
+        pairs.append(FlowPair(noisy(first), noisy(second), flow, inside, f"made {k}"))
     return pairs
 
 
-def measure(row: str | None, pair: Pair, device: str, runs: int = 5) -> tuple[float, float]:
+def measure(row: str | None, pair: FlowPair, device: str, runs: int = 5) -> tuple[float, float]:
     """Return the mean endpoint error in pixels and the time in milliseconds of one pair."""
     clock = time.thread_time if device == "cpu" else time.perf_counter
-    flow, times = np.zeros_like(pair.truth), []
+    flow, times = np.zeros_like(pair.flow), []
     while row is not None and len(times) < runs and sum(times) < 2000:
         method, options = ROWS[row]
         start = clock()
         flow = optical_flows(pair.first[None], pair.second[None], method, device, **options)[0]
         times.append(1000 * (clock() - start))
-    error = np.linalg.norm(flow - pair.truth, axis=-1)[pair.known]
+    error = np.linalg.norm(flow - pair.flow, axis=-1)[pair.known]
     return float(error.mean()), min(times, default=0.0)
 
 
@@ -211,7 +185,7 @@ def accuracy(
         "256: frames and true flow are first reduced to a shorter side of 256 pixels.\n"
     )
     sizes = {"native": None, "256": 256}
-    sets = {size: [read_pair(f, short) for f in folders] for size, short in sizes.items()}
+    sets = {size: [read_flow_pair(f, short) for f in folders] for size, short in sizes.items()}
     results = {"middlebury": print_table(sets, ["zero flow", *rows], device)}
     davis = data.parent / "davis"
     if (davis / "masks").is_dir():
@@ -226,7 +200,7 @@ def accuracy(
     return results
 
 
-def print_table(sets: dict[str, list[Pair]], rows: list[str], device: str) -> dict[str, Any]:
+def print_table(sets: dict[str, list[FlowPair]], rows: list[str], device: str) -> dict[str, Any]:
     """Measure and print Markdown, a row a method; return [error, ms] of each pair."""
     print("| method | " + " | ".join(f"error, {name} | ms" for name in sets) + " |")
     print("|---" * (1 + 2 * len(sets)) + "|")

@@ -22,7 +22,7 @@ import torch
 from ssl_flow.config import Config, DataConfig, EvaluationConfig, TrainConfig, save_config
 from ssl_flow.data.segmentation import SegmentationSet, open_segmentation
 from ssl_flow.evaluation import LinearProbe, run_linear_probe
-from ssl_flow.evaluation.probe_command import estimate_on
+from ssl_flow.evaluation.pixel_features import estimate_on
 from ssl_flow.models import Encoder, load_encoder
 from ssl_flow.training import train_command
 
@@ -77,12 +77,12 @@ def main() -> None:
         train_set, test_set = part(data, "train", step), part(data, "test", 3)
         encoder = load_encoder(spec, known.encoder_seed)
         if spec.startswith("random:"):
-            estimate_on(encoder, train_set, PROTOCOL)
+            estimate_on(encoder, train_set, 64)
         if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
             in_bfloat16(encoder)
         result = run_linear_probe(encoder, train_set, test_set, PROTOCOL)
         davis = test_set.name == "davis"
-        score = result.per_class["foreground"] if davis else result.miou
+        score = result.per_class["foreground"] if davis else result.scores["miou"]
         row["davis foreground IoU" if davis else "camvid mIoU"] = round(float(score or 0), 4)
     with (out / "screen.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")

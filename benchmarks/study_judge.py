@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_flow.data.segmentation import SegmentationSet, open_segmentation
-from ssl_flow.evaluation import LinearProbe
 from ssl_flow.evaluation.metrics import ConfusionMatrix
-from ssl_flow.evaluation.probe_command import estimate_on
+from ssl_flow.evaluation.pixel_features import estimate_on
 from ssl_flow.models import Encoder
 
 Pixels = tuple[Tensor, Tensor]  # features (N, C), class (N,)
@@ -35,7 +34,7 @@ def judge(encoder: Encoder, data: Path, estimate: bool) -> dict[str, float]:
     """
     davis = open_segmentation(f"davis:{data / 'davis'}", "train")
     if estimate:
-        estimate_on(encoder, davis, LinearProbe())
+        estimate_on(encoder, davis, 64)
     encoder.eval()
     sequences: dict[str, list[Pixels]] = {}
     for i in range(0, len(davis), 7):

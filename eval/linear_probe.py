@@ -2,7 +2,7 @@
 
 import sys
 
-from ssl_flow.evaluation import linear_probe_command
+from ssl_flow.evaluation.suite_command import eval_command
 
 if __name__ == "__main__":
-    sys.exit(linear_probe_command(sys.argv[1:]))
+    sys.exit(eval_command(["linear-probe", *sys.argv[1:]]))

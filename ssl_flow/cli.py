@@ -18,10 +18,10 @@ _COMMANDS = {
         "training runs -> their curves and report",
     ),
     "train": ("ssl_flow.training.command", "train_command", "a store -> an encoder with a score"),
-    "eval linear-probe": (
-        "ssl_flow.evaluation.probe_command",
-        "linear_probe_command",
-        "encoders and labelled images -> a table of mIoU",
+    "eval": (
+        "ssl_flow.evaluation.suite_command",
+        "eval_command",
+        "encoders and labelled data -> tables and a report",
     ),
 }
 

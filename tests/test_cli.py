@@ -10,7 +10,7 @@ from ssl_flow.cli import main
 def test_help_lists_the_commands(capsys):
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in ("flow", "train", "eval linear-probe"))
+    assert all(name in shown for name in ("flow", "train", "eval"))
 
 
 def test_version(capsys):
@@ -24,7 +24,8 @@ def test_unknown_command_is_told_with_the_known_ones(capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["flow", "merge-flow", "show flow", "show run", "train", "eval linear-probe"]
+    "command",
+    ["flow", "merge-flow", "show flow", "show run", "train", "eval linear-probe", "eval suite"],
 )
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:

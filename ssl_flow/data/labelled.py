@@ -44,6 +44,7 @@ class SegmentationSet:
     names: list[str]  # one a labelled image
     load: Callable[[int], tuple[np.ndarray, np.ndarray]]  # index -> image, mask
     protocol: dict[str, Any] = field(default_factory=dict)  # how the split was made, which files
+    files: list[Path] = field(default_factory=list)  # images and masks, where they are files
 
     def __len__(self) -> int:
         """The number of labelled images."""
@@ -90,7 +91,8 @@ def set_of_files(
             )
         return image, mask.astype(np.uint8)
 
-    return SegmentationSet(name, list(classes), [f.name for f in files], load, protocol)
+    names, paths = [f.name for f in files], [p for f in files for p in (f.image, f.mask)]
+    return SegmentationSet(name, list(classes), names, load, protocol, paths)
 
 
 def paired(images: Path, masks: Path, layout: str) -> list[Files]:

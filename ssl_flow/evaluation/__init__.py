@@ -1,15 +1,14 @@
-"""Scores of frozen encoders: linear probe, metrics, and the report of a run."""
+"""Scores of frozen encoders: protocols, metrics, the suite, and the report of a run."""
 
-from ssl_flow.evaluation.linear_probe import LinearProbe, ProbeResult, run_linear_probe
+from ssl_flow.evaluation.linear_probe import LinearProbe, run_linear_probe
 from ssl_flow.evaluation.metrics import ConfusionMatrix
+from ssl_flow.evaluation.outcome import Outcome
 from ssl_flow.evaluation.pixel_features import estimate_batchnorm
-from ssl_flow.evaluation.probe_command import linear_probe_command
 
 __all__ = [
     "ConfusionMatrix",
     "LinearProbe",
-    "ProbeResult",
+    "Outcome",
     "estimate_batchnorm",
-    "linear_probe_command",
     "run_linear_probe",
 ]

@@ -1,7 +1,7 @@
 """Linear probe: what a frozen encoder's features say about the class of every pixel.
 
     result = run_linear_probe(encoder, train_set, test_set, LinearProbe(), seed=0)
-    result.miou, result.per_class
+    result.scores["miou"], result.per_class
 
 The classifier is BatchNorm + 1x1 convolution on the hypercolumn (Hariharan et al., CVPR 2015):
 every level of the encoder sampled bilinearly at a labelled pixel of the full-resolution mask.
@@ -12,26 +12,24 @@ logits are upsampled and summed: the same function, and no hypercolumn of every 
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from ssl_flow.data.segmentation import IGNORE, SegmentationSet
-from ssl_flow.evaluation.metrics import ConfusionMatrix
+from ssl_flow.evaluation.feature_cache import FeatureCache, cache_features, level_batches
+from ssl_flow.evaluation.outcome import Outcome
 from ssl_flow.evaluation.pixel_features import (
     check_features,
-    check_finite,
-    feature_levels,
-    normalized_batches,
     project_levels,
     sample_levels,
 )
+from ssl_flow.evaluation.segmentation_scores import SegmentationScores
 from ssl_flow.models.encoder import Encoder
 
 
@@ -39,6 +37,8 @@ from ssl_flow.models.encoder import Encoder
 class LinearProbe:
     """The protocol; printed with every result and stored beside it."""
 
+    name: ClassVar[str] = "linear-probe"
+    version: ClassVar[int] = 1
     features: str = "hypercolumn"  # all levels; or embedding, or stage1 (finest), stage2, ...
     pixels_per_image: int = 1024  # labelled pixels drawn uniformly from each training image
     cache_gib: float = 1.0  # memory for their float16 features; when short, fewer are drawn
@@ -47,35 +47,13 @@ class LinearProbe:
     lr: float = 1e-2  # AdamW's peak learning rate, cosine to 0; weights start from zero
     weight_decay: float = 1e-3  # AdamW's
     batch_images: int = 8  # images per forward pass of the encoder (no influence on the result)
-    batchnorm_images: int = 64  # random encoders only: train images that give BatchNorm statistics
 
     def __post_init__(self) -> None:
         """ValueError for a value with which nothing could be fitted."""
         for name in ("pixels_per_image", "cache_gib", "batch_pixels", "steps", "lr",
-                     "batch_images", "batchnorm_images"):  # fmt: skip
+                     "batch_images"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} = {getattr(self, name)}, expected more than 0")
-
-
-@dataclass
-class ProbeResult:
-    """Scores on the test split: over the whole split, at full mask resolution, ignore left out."""
-
-    miou: float
-    pixel_accuracy: float
-    per_class: dict[str, float | None]  # IoU; None: the class is in no truth and no prediction
-    seed: int
-    train_accuracy: float  # on the cached training pixels
-    pixels_per_image: int  # what was used (see LinearProbe.cache_gib)
-    channels: int  # features per pixel
-    seconds: float
-    examples: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(
-        default_factory=list, repr=False
-    )
-
-    def as_dict(self) -> dict[str, Any]:
-        """The numbers, for JSON (without the example images)."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "examples"}
 
 
 def run_linear_probe(
@@ -86,7 +64,8 @@ def run_linear_probe(
     seed: int = 0,
     examples: int = 6,
     progress: bool = True,
-) -> ProbeResult:
+    cache: str | Path | None = None,
+) -> Outcome:
     """Train the probe on one split, score it on another; the encoder stays as it is.
 
     Args:
@@ -97,6 +76,8 @@ def run_linear_probe(
         seed: of the pixel sample and the batches.
         examples: test images kept in the result as (image, truth, prediction), spread evenly.
         progress: show progress bars.
+        cache: folder in which the features of both splits are kept as float16 (`cache_features`),
+            so that the next probe of this encoder computes none; by default nothing is kept.
 
     Raises:
         ValueError: unknown features, different classes, non-finite features (names the image).
@@ -105,30 +86,26 @@ def run_linear_probe(
     check_features(encoder, protocol.features)
     if train_set.classes != test_set.classes:
         raise ValueError(f"classes differ: train {train_set.classes}, test {test_set.classes}")
-    start, was_training = time.perf_counter(), encoder.training
+    scores, was_training = SegmentationScores(test_set, examples), encoder.training
     encoder.eval()
     generator = torch.Generator().manual_seed(seed)
-    features, labels, used = _collect(encoder, train_set, protocol, generator, progress)
+    train_cache, test_cache = (
+        cache_features(encoder, s, cache, protocol.features, protocol.batch_images, progress)
+        if cache
+        else None
+        for s in (train_set, test_set)
+    )
+    features, labels, used = _collect(
+        encoder, train_set, protocol, generator, progress, train_cache
+    )
     weight, bias, accuracy = _fit(
         features, labels, len(train_set.classes), protocol, generator, progress
     )
     del features
-    scores, kept = _score(encoder, test_set, weight, bias, protocol, examples, progress)
+    _score(encoder, test_set, weight, bias, protocol, scores, progress, test_cache)
     encoder.train(was_training)
-    per_class = {
-        c: None if np.isnan(v) else float(v)
-        for c, v in zip(test_set.classes, scores.iou(), strict=True)
-    }
-    return ProbeResult(
-        miou=scores.miou(),
-        pixel_accuracy=scores.pixel_accuracy(),
-        per_class=per_class,
-        seed=seed,
-        train_accuracy=accuracy,
-        pixels_per_image=used,
-        channels=weight.shape[1],
-        seconds=round(time.perf_counter() - start, 1),
-        examples=kept,
+    return scores.outcome(
+        seed=seed, train_accuracy=accuracy, pixels_per_image=used, channels=weight.shape[1]
     )
 
 
@@ -139,6 +116,7 @@ def _collect(
     protocol: LinearProbe,
     generator: torch.Generator,
     progress: bool,
+    cache: FeatureCache | None,
 ) -> tuple[Tensor, Tensor, int]:
     """Features (N, C) float16 and labels (N,) of the sampled pixels, and the pixels per image.
 
@@ -147,19 +125,19 @@ def _collect(
     features, labels, slots = torch.empty(0), torch.empty(0), torch.empty(0)
     limit, filled = 0, 0
     with tqdm(total=len(dataset), desc="train features", disable=not progress, leave=False) as bar:
-        for items, images in normalized_batches(encoder, dataset, protocol.batch_images):
-            levels, strides = feature_levels(encoder, images, protocol.features)
+        for items, levels, strides in level_batches(
+            encoder, dataset, protocol.features, protocol.batch_images, cache
+        ):
             if not limit:  # the first image tells the number of channels
                 channels = sum(level.shape[1] for level in levels)
                 affordable = int(protocol.cache_gib * 2**30 / (2 * channels * len(dataset)))
                 limit = max(1, min(protocol.pixels_per_image, affordable))
                 features = torch.empty(
-                    limit * len(dataset), channels, dtype=torch.float16, device=images.device
+                    limit * len(dataset), channels, dtype=torch.float16, device=levels[0].device
                 )
-                labels = torch.full([len(features)], -1, device=images.device)
+                labels = torch.full([len(features)], -1, device=levels[0].device)
                 slots = torch.randperm(len(features), generator=generator).to(labels)
             for i, item in enumerate(items):
-                check_finite(levels, i, item.name)
                 mask = torch.from_numpy(item.mask)
                 rows, columns = (mask != IGNORE).nonzero(as_tuple=True)
                 chosen = torch.randperm(len(rows), generator=generator)[:limit]
@@ -220,14 +198,14 @@ def _fit(
 @torch.inference_mode()
 def _standardize(features: Tensor) -> tuple[Tensor, Tensor]:
     """Subtract the mean of every column of (N, C), in place, times the scale; (scale, mean)."""
-    chunks = features.split(65536)
-    mean = torch.stack([c.sum(0, dtype=torch.float64) for c in chunks]).sum(0) / len(features)
-    squares = [(c.float() - mean.float()).square().sum(0, dtype=torch.float64) for c in chunks]
-    variance = torch.stack(squares).sum(0) / len(features)
+    chunks = features.split(4096)  # few enough rows for sums in float32, and for the cache
+    mean = torch.stack([c.float().sum(0) for c in chunks]).double().sum(0) / len(features)
+    squares = [(c.float() - mean.float()).square_().sum(0) for c in chunks]
+    variance = torch.stack(squares).double().sum(0) / len(features)
     # A channel that never varies carries nothing; dividing by its rounding error would be noise.
     scale = torch.where(variance > 1e-10, (variance + 1e-8).rsqrt(), 0.0).float()
     for chunk in chunks:
-        chunk.copy_((chunk.float() - mean.float()) * scale)
+        chunk.copy_((chunk.float() - mean.float()).mul_(scale))
     return scale, mean.float()
 
 
@@ -238,21 +216,15 @@ def _score(
     weight: Tensor,
     bias: Tensor,
     protocol: LinearProbe,
-    examples: int,
+    scores: SegmentationScores,
     progress: bool,
-) -> tuple[ConfusionMatrix, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
-    scores, kept, index = ConfusionMatrix(len(dataset.classes)), [], 0
-    wanted = set(np.linspace(0, len(dataset) - 1, min(examples, len(dataset))).astype(int).tolist())
+    cache: FeatureCache | None,
+) -> None:
     with tqdm(total=len(dataset), desc="test", disable=not progress, leave=False) as bar:
-        for items, images in normalized_batches(encoder, dataset, protocol.batch_images):
-            levels, strides = feature_levels(encoder, images, protocol.features)
-            for i, item in enumerate(items):
-                check_finite(levels, i, item.name)
+        for items, levels, strides in level_batches(
+            encoder, dataset, protocol.features, protocol.batch_images, cache
+        ):
             logits = project_levels(levels, strides, weight, bias, items[0].mask.shape)
             for item, prediction in zip(items, logits.argmax(1).byte().cpu().numpy(), strict=True):
-                scores.update(prediction, item.mask)
-                if index in wanted:
-                    kept.append((item.image, item.mask, prediction))
-                index += 1
+                scores.add(item, prediction)
             bar.update(len(items))
-    return scores, kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,3 +29,16 @@ class Outcome:
         default_factory=list, repr=False
     )
     """(image, truth, prediction) of a few test images; class indices, 255 = ignore."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Scores, scores of the classes and details, for JSON."""
+        return self.scores | {"per_class": self.per_class} | self.details
+
+
+def mean_per_class(outcomes: Sequence[Outcome]) -> dict[str, float | None]:
+    """The score of every class, its mean over those of several seeds that have it."""
+    means: dict[str, float | None] = {}
+    for name in outcomes[0].per_class:
+        found = [v for outcome in outcomes if (v := outcome.per_class[name]) is not None]
+        means[name] = float(np.mean(found)) if found else None
+    return means

@@ -1,4 +1,4 @@
-"""Segmentations as pictures: image | truth | prediction."""
+"""Segmentations (image | truth | prediction) and feature maps as pictures."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import cv2
 import numpy as np
+import torch
+from torch import Tensor
 
 
 def palette(classes: int) -> np.ndarray:
@@ -43,3 +45,21 @@ def prediction_strips(
         strips.append(cv2.resize(strip, (width, height), interpolation=cv2.INTER_AREA))
     widest = max(s.shape[1] for s in strips)
     return np.concatenate([np.pad(s, ((0, 0), (0, widest - s.shape[1]), (0, 0))) for s in strips])
+
+
+def pca_rgb(embedding: Tensor) -> np.ndarray:
+    """(B, D, H, W) embeddings -> (B, H, W, 3) uint8: three principal components of the batch.
+
+    With D = 2 the third colour stays dark.
+    """
+    batch, dim, height, width = embedding.shape
+    embedding = embedding.detach().float().cpu().nan_to_num()  # a decomposition of NaN raises
+    pixels = embedding.permute(0, 2, 3, 1).reshape(-1, dim)
+    pixels = pixels - pixels.mean(0)
+    _, basis = torch.linalg.eigh(pixels.T @ pixels)  # ascending
+    projected = pixels @ basis[:, -3:].flip(1)
+    low, high = projected.quantile(0.01, dim=0), projected.quantile(0.99, dim=0)
+    scaled = ((projected - low) / (high - low).clamp(min=1e-9)).clamp(0, 1) * 255
+    scaled = torch.nn.functional.pad(scaled, (0, 3 - scaled.shape[1]))
+    picture: np.ndarray = scaled.byte().view(batch, height, width, 3).numpy()
+    return picture

@@ -7,20 +7,35 @@ together are the hypercolumn of a pixel (Hariharan et al., CVPR 2015).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_flow.data.segmentation import Labelled
-from ssl_flow.models.encoder import EMBEDDING_STRIDE, Encoder
+from ssl_flow.data.segmentation import Labelled, SegmentationSet
+from ssl_flow.models.encoder import EMBEDDING_STRIDE, Encoder, device_of
+
+
+@contextmanager
+def frozen(encoder: Encoder) -> Iterator[None]:
+    """Eval mode and no gradients inside; every module is back in its own mode afterwards."""
+    modes = [(module, module.training) for module in encoder.modules()]
+    encoder.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def check_features(encoder: Encoder, name: str) -> None:
     """ValueError unless the encoder has features of this name."""
-    known = ["hypercolumn", *(f"stage{i + 1}" for i in range(len(encoder.channels)))]
+    known = ["hypercolumn", *(f"stage{i + 1}" for i in range(len(encoder.channels))), "last"]
     if getattr(encoder, "head", None) is not None:
         known.append("embedding")
     if name not in known:
@@ -54,11 +69,18 @@ def estimate_batchnorm(encoder: Encoder, images: Iterable[Tensor]) -> int:
     return seen
 
 
+def estimate_on(encoder: Encoder, images: Sequence[Labelled] | SegmentationSet, count: int) -> int:
+    """`estimate_batchnorm` on at most `count` images spread over a set; how many it were."""
+    indices = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int).tolist()
+    batches = normalized_batches(encoder, (images[i] for i in indices), 8)
+    return estimate_batchnorm(encoder, (batch for _, batch in batches))
+
+
 def normalized_batches(
     encoder: Encoder, dataset: Iterable[Labelled], size: int
 ) -> Iterator[tuple[list[Labelled], Tensor]]:
     """Batches of consecutive images of equal size: the images, and (B, 3, H, W) for the encoder."""
-    device = next(encoder.parameters()).device
+    device = device_of(encoder)
 
     def batch(items: list[Labelled]) -> tuple[list[Labelled], Tensor]:
         pixels = torch.from_numpy(np.stack([item.image for item in items])).to(
@@ -81,13 +103,26 @@ def feature_levels(
     encoder: Encoder, images: Tensor, features: str
 ) -> tuple[list[Tensor], list[int]]:
     """Features of (B, 3, H, W) images: maps (B, C_i, H_i, W_i) in float32, and their strides."""
+    strides = feature_strides(encoder, features)
     if features == "embedding":
-        return [encoder.embed(images).float()], [EMBEDDING_STRIDE]
+        return [encoder.embed(images).float()], strides
     levels = [level.float() for level in encoder.features(images)]
     if features == "hypercolumn":
-        return levels, encoder.strides
-    stage = int(features.removeprefix("stage")) - 1
-    return [levels[stage]], [encoder.strides[stage]]
+        return levels, strides
+    return [levels[_stage(features)]], strides
+
+
+def feature_strides(encoder: Encoder, features: str) -> list[int]:
+    """The strides of the levels that `feature_levels` gives."""
+    if features == "embedding":
+        return [EMBEDDING_STRIDE]
+    if features == "hypercolumn":
+        return encoder.strides
+    return [encoder.strides[_stage(features)]]
+
+
+def _stage(features: str) -> int:
+    return -1 if features == "last" else int(features.removeprefix("stage")) - 1
 
 
 def sample_levels(
@@ -96,7 +131,8 @@ def sample_levels(
     """Hypercolumns at pixels of the full image.
 
     Args:
-        levels: maps (C_i, H_i, W_i); a cell covers s_i x s_i pixels, the first one starts at 0.
+        levels: maps (C_i, H_i, W_i), float32 or float16. A cell covers s_i x s_i pixels, the
+            first one starts at 0.
         strides: s_i. A map may reach past the image (270 rows: 9 cells of 32).
         rows: (N,) pixel rows.
         columns: (N,) pixel columns.
@@ -104,14 +140,29 @@ def sample_levels(
     Returns:
         (N, sum C_i), bilinear with border padding as in `F.interpolate(..., align_corners=False)`.
     """
-    pixels = torch.stack([columns, rows], -1).to(levels[0]) + 0.5  # (N, 2), x first
     sampled = []
     for level, stride in zip(levels, strides, strict=True):
-        extent = pixels.new_tensor([level.shape[2] * stride, level.shape[1] * stride])
-        grid = (pixels / extent * 2 - 1).view(1, 1, -1, 2)
-        values = F.grid_sample(level[None], grid, padding_mode="border", align_corners=False)
-        sampled.append(values[0, :, 0])
-    return torch.cat(sampled).T
+        height, width = level.shape[1:]
+        cells = level.permute(1, 2, 0).reshape(height * width, -1)  # a view if channels are last
+        (y, v), (x, u) = (
+            _neighbours(pixels.to(level.device), stride, count)
+            for pixels, count in ((rows, height), (columns, width))
+        )
+        corners = [
+            cells[y[i] * width + x[j]].float() * (v[i] * u[j])[:, None]
+            for i in (0, 1)
+            for j in (0, 1)
+        ]
+        sampled.append(torch.stack(corners).sum(0))
+    return torch.cat(sampled, dim=1)
+
+
+def _neighbours(pixels: Tensor, stride: int, count: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The two of `count` cells whose centres lie around each pixel, and their weights."""
+    place = ((pixels.float() + 0.5) / stride - 0.5).clamp(0, count - 1)
+    first = place.long()
+    weight = place - first
+    return [first, (first + 1).clamp(max=count - 1)], [1 - weight, weight]
 
 
 def project_levels(
@@ -132,7 +183,7 @@ def project_levels(
     logits = bias.view(1, -1, 1, 1)
     parts = weight.split([level.shape[1] for level in levels], dim=1)
     for level, stride, part in zip(levels, strides, parts, strict=True):
-        projected = F.conv2d(level, part[:, :, None, None])
+        projected = F.conv2d(level.float(), part[:, :, None, None])
         full = [level.shape[2] * stride, level.shape[3] * stride]
         upsampled = F.interpolate(projected, full, mode="bilinear", align_corners=False)
         logits = logits + upsampled[..., : size[0], : size[1]]
@@ -141,5 +192,6 @@ def project_levels(
 
 def check_finite(levels: list[Tensor], index: int, name: str) -> None:
     """ValueError with the image's name when an encoder's output has NaN or infinity."""
-    if not all(level[index].isfinite().all() for level in levels):
+    # The largest magnitude, NaN if there is one: several times as fast as isfinite().all().
+    if not all(torch.linalg.vector_norm(x[index], math.inf).isfinite() for x in levels):
         raise ValueError(f"the encoder's features of {name} are not finite")

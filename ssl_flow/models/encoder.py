@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +35,8 @@ class Encoder(nn.Module):
 
     The backbone is timm's plain model, so that its keys are the ones timm loads; the pyramid
     comes from `forward_intermediates`, as in timm's `features_only`. Hierarchical backbones give
-    all their levels, isotropic ones (ViT: one stride throughout) four evenly spaced blocks.
+    all their levels, isotropic ones (ViT: one stride throughout) four evenly spaced blocks, each
+    after the final norm, as DINO, DINOv2 and DINOv3 are evaluated (`get_intermediate_layers`).
     Images of any size are accepted: they are padded at the right and bottom to a multiple of the
     coarsest stride, and every map is cropped back to ceil(size / stride).
     """
@@ -55,18 +58,25 @@ class Encoder(nn.Module):
         self._indices = [index for index, _, _ in levels]
         self.channels: list[int] = [channels for _, channels, _ in levels]
         self.strides: list[int] = [stride for _, _, stride in levels]
+        self._norm = len(self.strides) > 1 == len(set(self.strides))
         config: Any = backbone.pretrained_cfg
         self.normalization = Normalization(tuple(config["mean"]), tuple(config["std"]))
 
     def _padded_features(self, images: Tensor) -> list[Tensor]:
-        multiple = max(self.strides)
+        multiple = math.lcm(*self.strides)
         height, width = images.shape[-2:]
         pad = (0, -width % multiple, 0, -height % multiple)
-        if any(pad):
-            images = F.pad(images, pad, mode="replicate")
+        return self._maps(F.pad(images, pad, mode="replicate") if any(pad) else images)
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        """The backbone's levels for images whose sides are multiples of all strides."""
         backbone: Any = self.backbone
         maps: list[Tensor] = backbone.forward_intermediates(
-            images, indices=self._indices, intermediates_only=True, output_fmt="NCHW"
+            images,
+            indices=self._indices,
+            norm=self._norm,
+            intermediates_only=True,
+            output_fmt="NCHW",
         )
         return maps
 
@@ -111,6 +121,12 @@ class Encoder(nn.Module):
         mean, std = constants.view(2, 1, -1, 1, 1).to(images.device, non_blocking=True)
         normalized: Tensor = (images.permute(0, 3, 1, 2).float() - mean) / std
         return normalized
+
+
+def device_of(encoder: nn.Module) -> torch.device:
+    """Where its weights are; the CPU when it has none."""
+    weights = next(itertools.chain(encoder.parameters(), encoder.buffers()), None)
+    return torch.device("cpu") if weights is None else weights.device
 
 
 def pick_device(name: str) -> torch.device:

@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ssl_flow.models.encoder import Encoder, Normalization, create_encoder
+from ssl_flow.models.handmade import HandmadeEncoder
 from ssl_flow.models.head import PixelEmbeddingHead
+from ssl_flow.models.wrapped import load_python, load_torchvision
 
 
 def save_encoder(encoder: Encoder, folder: str | Path) -> Path:
@@ -54,9 +56,13 @@ def load_encoder(spec: str | Path, seed: int = 0) -> Encoder:
 
     Args:
         spec: a folder written by `save_encoder` or by a training run (the run folder itself will
-            do); a `.safetensors` file with a `config.json` beside it; `timm:NAME` (timm's
-            pretrained weights); `random:NAME` (random weights).
-        seed: which random weights, for `random:`.
+            do); a `.safetensors` file with a `config.json` beside it; or one of
+            `timm:NAME` (timm's pretrained weights; a ViT's patch tokens become maps),
+            `random:NAME` (timm's architecture, random weights),
+            `torchvision:NAME` (torchvision's default pretrained weights),
+            `python:MODULE:FUNCTION` (what your function returns: see `wrapped.WrappedEncoder`),
+            `handmade` (colour, position, oriented gradients: no weights at all).
+        seed: which random weights, for `random:` and `python:`.
 
     Returns:
         An `Encoder`. Freshly random ones have untrained BatchNorm statistics: evaluation
@@ -64,16 +70,23 @@ def load_encoder(spec: str | Path, seed: int = 0) -> Encoder:
 
     Raises:
         FileNotFoundError: nothing usable at the path (says what was expected).
-        ValueError: unknown architecture, or weights that do not fit it.
-        WeightsError: timm's weights cannot be had.
+        ValueError: unknown architecture, weights that do not fit it, or a network without maps of
+            whole strides.
+        WeightsError: timm's or torchvision's weights cannot be had.
     """
-    spec = str(spec)
-    if spec.startswith("timm:"):
-        return create_encoder(spec.removeprefix("timm:"), pretrained=True).eval()
-    if spec.startswith("random:"):
+    kind, _, name = str(spec).partition(":")
+    if str(spec) == "handmade":
+        return HandmadeEncoder().eval()
+    if kind == "timm":
+        return create_encoder(name, pretrained=True).eval()
+    if kind == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return create_encoder(spec.removeprefix("random:")).eval()
+            return create_encoder(name).eval()
+    if kind == "torchvision":
+        return load_torchvision(name)
+    if kind == "python":
+        return load_python(name, seed)
     return _load_folder(Path(spec))
 
 
@@ -87,8 +100,8 @@ def _load_folder(path: Path) -> Encoder:
         if not needed.is_file():
             raise FileNotFoundError(
                 f"no encoder at {str(path)!r}: {needed} is missing. An encoder is a folder with "
-                "config.json and model.safetensors, a run folder that holds encoder/, "
-                "timm:NAME or random:NAME."
+                "config.json and model.safetensors, a run folder that holds encoder/, timm:NAME, "
+                "random:NAME, torchvision:NAME, python:MODULE:FUNCTION or handmade."
             )
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if "architecture" not in config:

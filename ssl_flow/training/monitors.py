@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ssl_flow.data.augment import Pair
+from ssl_flow.evaluation.pictures import pca_rgb
 from ssl_flow.flow import flow_to_rgb
 from ssl_flow.flow.shard import write_atomically
 from ssl_flow.models import Encoder
@@ -68,24 +69,6 @@ def effective_rank(embedding: Tensor) -> float:
     spectrum = torch.linalg.eigvalsh(pixels.T @ pixels).clamp(min=0).sqrt()
     share = spectrum / spectrum.sum().clamp(min=1e-12)
     return float(torch.exp(-torch.xlogy(share, share).sum()))
-
-
-def pca_rgb(embedding: Tensor) -> np.ndarray:
-    """(B, D, H, W) embeddings -> (B, H, W, 3) uint8: three principal components of the batch.
-
-    With D = 2 the third colour stays dark.
-    """
-    batch, dim, height, width = embedding.shape
-    embedding = embedding.detach().float().cpu().nan_to_num()  # a decomposition of NaN raises
-    pixels = embedding.permute(0, 2, 3, 1).reshape(-1, dim)
-    pixels = pixels - pixels.mean(0)
-    _, basis = torch.linalg.eigh(pixels.T @ pixels)  # ascending
-    projected = pixels @ basis[:, -3:].flip(1)
-    low, high = projected.quantile(0.01, dim=0), projected.quantile(0.99, dim=0)
-    scaled = ((projected - low) / (high - low).clamp(min=1e-9)).clamp(0, 1) * 255
-    scaled = torch.nn.functional.pad(scaled, (0, 3 - scaled.shape[1]))
-    picture: np.ndarray = scaled.byte().view(batch, height, width, 3).numpy()
-    return picture
 
 
 @torch.no_grad()

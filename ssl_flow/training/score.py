@@ -15,8 +15,9 @@ import torch
 from ssl_flow.config import Config
 from ssl_flow.data.segmentation import SegmentationSet, open_segmentation
 from ssl_flow.evaluation import LinearProbe, run_linear_probe
+from ssl_flow.evaluation.outcome import mean_per_class
 from ssl_flow.evaluation.pictures import prediction_strips
-from ssl_flow.evaluation.probe_command import estimate_on, summarize
+from ssl_flow.evaluation.pixel_features import estimate_on
 from ssl_flow.evaluation.report import write_report
 from ssl_flow.flow.shard import write_atomically
 from ssl_flow.models import Encoder, load_encoder
@@ -43,7 +44,7 @@ def online_probe(config: Config) -> Callable[[Encoder], dict[str, float]] | None
         except ValueError as error:
             print(f"online probe left out: {error}", flush=True)
             return {}
-        return {"probe_miou": result.miou, "probe_pixel_accuracy": result.pixel_accuracy}
+        return {f"probe_{name}": value for name, value in result.scores.items()}
 
     return probe
 
@@ -96,17 +97,18 @@ def score_run(config: Config, device: torch.device) -> Callable[[Encoder, Path],
                 probed = encoder
                 if name == "random":
                     probed = load_encoder(f"random:{config.model.backbone}", seed).to(device)
-                    estimate_on(probed, sets[0], protocol)
+                    estimate_on(probed, sets[0], 64)
                 runs.append(run_linear_probe(probed, *sets, protocol, seed))
-            summary = summarize(runs)
-            miou, accuracy = summary["miou"], summary["pixel_accuracy"]["mean"]
-            std = "-" if miou["std"] is None else f"{miou['std']:.4f}"
-            rows.append(f"{name:<12} {miou['mean']:>8.4f} {std:>8} {accuracy:>15.4f}")
+            values = [run.scores["miou"] for run in runs]
+            miou, accuracy = (np.mean([run.scores[k] for run in runs]) for k in runs[0].scores)
+            std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+            shown = "-" if std is None else f"{std:.4f}"
+            rows.append(f"{name:<12} {miou:>8.4f} {shown:>8} {accuracy:>15.4f}")
             table[name] = {
-                "miou": miou["mean"],
-                "miou_std": miou["std"],
-                "pixel_accuracy": accuracy,
-                "per_class": {k: v and v["mean"] for k, v in summary["per_class"].items()},
+                "miou": float(miou),
+                "miou_std": std,
+                "pixel_accuracy": float(accuracy),
+                "per_class": mean_per_class(runs),
                 "runs": [result.as_dict() for result in runs],
             }
             strips = prediction_strips(runs[0].examples, len(sets[1].classes))

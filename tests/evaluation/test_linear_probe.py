@@ -44,16 +44,20 @@ def _masks(seed, count=6, size=24, cell=1):
 
 def test_features_that_hold_the_label_give_one():
     result = run_linear_probe(FakeEncoder(), _set(_masks(0)), _set(_masks(1)), QUICK)
-    assert result.miou == 1 and result.pixel_accuracy == 1 and result.train_accuracy == 1
+    assert (
+        result.scores["miou"] == 1
+        and result.scores["pixel_accuracy"] == 1
+        and result.details["train_accuracy"] == 1
+    )
     assert result.per_class == {"class0": 1, "class1": 1, "class2": 1}
-    assert (result.channels, result.pixels_per_image) == (6, 200)
+    assert (result.details["channels"], result.details["pixels_per_image"]) == (6, 200)
 
 
 def test_features_without_the_label_give_chance():
     one_hot = np.eye(3, dtype=np.uint8) * 255
     train, test = (_set(_masks(s, 20), one_hot[_masks(s + 5, 20)]) for s in (0, 1))
     result = run_linear_probe(FakeEncoder((1,)), train, test, QUICK)
-    assert 0.3 < result.pixel_accuracy < 0.37 and result.miou < 0.25
+    assert 0.3 < result.scores["pixel_accuracy"] < 0.37 and result.scores["miou"] < 0.25
 
 
 def test_ignored_pixels_neither_teach_nor_count():
@@ -62,9 +66,11 @@ def test_ignored_pixels_neither_teach_nor_count():
     test = np.where(np.arange(24) < 12, test, 255)
     images[:, :, 12:] = 77  # garbage below the ignored half
     result = run_linear_probe(FakeEncoder((1,)), _set(train), _set(test, images), QUICK)
-    assert result.miou == 1
+    assert result.scores["miou"] == 1
     train[:, :, 5:] = 255  # 120 labelled pixels an image, fewer than asked for
-    assert run_linear_probe(FakeEncoder((1,)), _set(train), _set(_masks(1)), QUICK).miou == 1
+    assert (
+        run_linear_probe(FakeEncoder((1,)), _set(train), _set(_masks(1)), QUICK).scores["miou"] == 1
+    )
 
 
 @pytest.mark.parametrize("size", [(32, 48), (27, 45)])
@@ -95,13 +101,15 @@ def test_scored_function_is_the_fitted_one():
     train = _set(_masks(0, cell=6), (_masks(3) * 90).astype(np.uint8)[..., None].repeat(3, 3))
     every = LinearProbe(pixels_per_image=24 * 24, batch_pixels=512, steps=50)
     result = run_linear_probe(FakeEncoder((1, 4)), train, train, every)
-    assert result.pixel_accuracy == pytest.approx(result.train_accuracy, abs=2e-3)  # float16 cache
+    assert result.scores["pixel_accuracy"] == pytest.approx(
+        result.details["train_accuracy"], abs=2e-3
+    )  # float16 cache
 
 
 def test_full_mask_resolution_is_scored():
     """Features of stride 8 cannot follow 1-pixel labels; scored at stride 8 that would not show."""
     result = run_linear_probe(FakeEncoder((8,)), _set(_masks(0)), _set(_masks(1)), QUICK)
-    assert result.pixel_accuracy < 0.6
+    assert result.scores["pixel_accuracy"] < 0.6
 
 
 def test_seeds_and_options_change_something():
@@ -114,12 +122,12 @@ def test_seeds_and_options_change_something():
         seed,
     )
     base = run()
-    assert base.miou == run().miou
+    assert base.scores["miou"] == run().scores["miou"]
     for other in (run(seed=1), run(steps=1), run(lr=0.1), run(features="stage2"),
                   run(pixels_per_image=300), run(batch_pixels=10)):  # fmt: skip
-        assert other.miou != base.miou
-    assert run(batch_images=1).miou == pytest.approx(base.miou, abs=1e-3)
-    assert run(cache_gib=6 * 10 * 12 / 2**30).pixels_per_image == 10  # 6 images of 6 float16
+        assert other.scores["miou"] != base.scores["miou"]
+    assert run(batch_images=1).scores["miou"] == pytest.approx(base.scores["miou"], abs=1e-3)
+    assert run(cache_gib=6 * 10 * 12 / 2**30).details["pixels_per_image"] == 10  # 6 x 6 float16
 
 
 def test_images_of_different_sizes_and_examples():
@@ -128,7 +136,7 @@ def test_images_of_different_sizes_and_examples():
     mixed = _set(_masks(0))
     mixed.load = lambda i: (images[i], masks[i])
     result = run_linear_probe(FakeEncoder(), mixed, mixed, QUICK, examples=3)
-    assert result.miou == 1
+    assert result.scores["miou"] == 1
     assert [image.shape[0] for image, _, _ in result.examples] == [24, 22, 19]
     assert "examples" not in result.as_dict()
     batches = [len(items) for items, _ in normalized_batches(FakeEncoder(), _set(_masks(0)), 4)]
@@ -171,4 +179,6 @@ def test_the_embedding_of_an_encoder_with_a_head():
     train, test = _set(_masks(0, cell=4)), _set(_masks(1, cell=4))
     protocol = LinearProbe(features="embedding", pixels_per_image=200, steps=300, lr=0.05)
     result = run_linear_probe(encoder, train, test, protocol)
-    assert result.channels == 3 and result.pixel_accuracy > 0.85  # bilinear between the cells
+    assert (
+        result.details["channels"] == 3 and result.scores["pixel_accuracy"] > 0.85
+    )  # bilinear between the cells

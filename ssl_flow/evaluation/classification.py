@@ -1,0 +1,226 @@
+"""Image classification from pooled features: k nearest neighbours and a linear classifier.
+
+    result = run_classification(encoder, train_set, test_set)
+    result.scores["knn_top1"], result.scores["linear_top1"]
+
+An image is resized and cropped as for ImageNet, and is the mean of its last map over all cells.
+Nearest neighbours vote as in Wu et al. (CVPR 2018), with the k of DINO (Caron et al., ICCV 2021;
+facebookresearch/dino: eval_knn.py). The linear classifier is multinomial logistic regression on
+standardised features, solved by L-BFGS (Kornblith et al., CVPR 2019, do so too, with a penalty
+searched on a validation set); that its penalty is fixed is ours. Memory: one vector an image.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ssl_flow.data.segmentation import Labelled
+from ssl_flow.evaluation.outcome import Outcome
+from ssl_flow.evaluation.pixel_features import check_finite, frozen, normalized_batches
+from ssl_flow.models.encoder import Encoder
+
+_ROWS = 4096  # images compared or fitted at once; no influence on the result
+
+
+class ClassifiedImages(Protocol):
+    """Images with their classes, as `open_classification` gives."""
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, in the order of the indices."""
+
+    def __len__(self) -> int:
+        """The number of images."""
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int, str]:
+        """Image (H, W, 3) uint8 RGB, index of its class, its name."""
+
+
+@dataclass(frozen=True)
+class Classification:
+    """The protocol; images and neighbours as DINO's, the linear classifier's settings are ours."""
+
+    name: ClassVar[str] = "classification"
+    version: ClassVar[int] = 1
+    resize: int = 256  # shorter side of an image, bicubic
+    crop: int = 224  # side of the square cut from its middle
+    neighbours: int = 20  # or all training images where there are fewer
+    temperature: float = 0.07  # a neighbour's vote weighs exp(cosine / temperature)
+    ridge: float = 1e-3  # mean cross-entropy + ridge / 2 * squared weights, the bias left out
+    iterations: int = 200  # of L-BFGS at most
+    batch_images: int = 32  # images per forward pass (no influence on the result)
+
+    def __post_init__(self) -> None:
+        """ValueError for a value with which nothing could be classified."""
+        for key in ("crop", "neighbours", "temperature", "ridge", "iterations", "batch_images"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"{key} = {getattr(self, key)}, expected more than 0")
+        if self.resize < self.crop:
+            raise ValueError(f"resize = {self.resize} is less than crop = {self.crop}")
+
+
+def run_classification(
+    encoder: Encoder,
+    train_set: ClassifiedImages,
+    test_set: ClassifiedImages,
+    protocol: Classification | None = None,
+    progress: bool = True,
+) -> Outcome:
+    """Classify the test images by the training images; nothing is random.
+
+    Args:
+        encoder: frozen; `features`, `normalize`.
+        train_set: labelled images.
+        test_set: labelled images to score; the same classes.
+        protocol: `Classification()` by default.
+        progress: show progress bars.
+
+    Returns:
+        Shares of the test images: `knn_top1`, `linear_top1` and, with more than 5 classes,
+        `knn_top5`, `linear_top5`. `per_class` is the linear top-1 of each class.
+
+    Raises:
+        ValueError: different classes, an empty set, a class outside the list, features that are
+            not finite (both name the image).
+    """
+    protocol = protocol or Classification()
+    if list(train_set.classes) != list(test_set.classes):
+        raise ValueError(f"classes differ: train {train_set.classes}, test {test_set.classes}")
+    start = time.perf_counter()
+    with frozen(encoder):
+        train, labels, _ = _pooled(encoder, train_set, protocol, "train features", progress)
+        test, truth, names = _pooled(encoder, test_set, protocol, "test features", progress)
+    classes = len(train_set.classes)
+    votes = knn_votes(train, labels, test, classes, protocol)
+    weight, bias = fit_linear(train, labels, classes, protocol)
+    ranked = {"knn": votes, "linear": F.linear(test, weight, bias)}
+    values = {}
+    for top in (1, 5) if classes > 5 else (1,):
+        for method, scores in ranked.items():
+            best = scores.topk(top, dim=1).indices  # (N, top)
+            values[f"{method}_top{top}"] = (best == truth[:, None]).any(1).double().cpu().numpy()
+    right, indices = values["linear_top1"], truth.cpu().numpy()
+    return Outcome(
+        scores={name: float(value.mean()) for name, value in values.items()},
+        values=values,
+        items=names,
+        per_class={
+            name: float(right[indices == i].mean()) if (indices == i).any() else None
+            for i, name in enumerate(train_set.classes)
+        },
+        details={
+            "channels": train.shape[1],
+            "train_images": len(train),
+            "seconds": round(time.perf_counter() - start, 1),
+        },
+    )
+
+
+def _pooled(
+    encoder: Encoder, images: ClassifiedImages, protocol: Classification, what: str, progress: bool
+) -> tuple[Tensor, Tensor, list[str]]:
+    """Mean of the last map (N, C) float32, classes (N,) int64, names."""
+
+    def cropped() -> Iterator[Labelled]:
+        for index in range(len(images)):
+            image, label, name = images[index]
+            if not 0 <= label < len(images.classes):
+                raise ValueError(
+                    f"{name} is of class {label}, expected 0..{len(images.classes) - 1}"
+                )
+            names.append(name)
+            yield Labelled(
+                center_crop(image, protocol.resize, protocol.crop), np.array(label), name
+            )
+
+    names: list[str] = []
+    pooled, labels = [], []
+    with tqdm(total=len(images), desc=what, disable=not progress, leave=False) as bar:
+        for items, batch in normalized_batches(encoder, cropped(), protocol.batch_images):
+            means = encoder.features(batch)[-1].float().mean((2, 3))
+            for i, item in enumerate(items):
+                check_finite([means], i, item.name)
+            pooled.append(means)
+            labels += [int(item.mask) for item in items]
+            bar.update(len(items))
+    if not pooled:
+        raise ValueError("no images to classify: the set is empty")
+    return torch.cat(pooled), torch.tensor(labels, device=pooled[0].device), names
+
+
+def center_crop(image: np.ndarray, resize: int, crop: int) -> np.ndarray:
+    """(H, W, 3) uint8 -> (crop, crop, 3): shorter side to `resize`, bicubic, then the middle."""
+    height, width = image.shape[:2]
+    scale = resize / min(height, width)
+    # The longer side is cut to whole pixels and the border rounded, as in torchvision.
+    size = (max(resize, int(width * scale)), max(resize, int(height * scale)))
+    resized = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
+    left, top = (round((side - crop) / 2) for side in size)
+    return np.asarray(resized.crop((left, top, left + crop, top + crop)))
+
+
+def knn_votes(
+    train: Tensor, labels: Tensor, test: Tensor, classes: int, protocol: Classification
+) -> Tensor:
+    """(M, classes) sums of exp(cosine / temperature) over each test vector's nearest neighbours.
+
+    Args:
+        train: (N, C).
+        labels: (N,) their classes.
+        test: (M, C).
+        classes: number of classes.
+        protocol: neighbours and temperature.
+    """
+    train, k = F.normalize(train, dim=1), min(protocol.neighbours, len(train))
+    rows = []
+    for part in F.normalize(test, dim=1).split(max(1, _ROWS**2 // len(train))):
+        cosine, index = (part @ train.T).topk(k, dim=1)
+        votes = part.new_zeros(len(part), classes)
+        rows.append(votes.scatter_add_(1, labels[index], (cosine / protocol.temperature).exp()))
+    return torch.cat(rows)
+
+
+def fit_linear(
+    features: Tensor, labels: Tensor, classes: int, protocol: Classification
+) -> tuple[Tensor, Tensor]:
+    """Weight (K, C) and bias (K,) of the logistic regression, for the features as they are.
+
+    The penalty is on the weights of standardised features; the statistics are folded in.
+    """
+    mean, deviation = features.mean(0), features.std(0, correction=0)
+    # A channel that never varies carries nothing; dividing by its rounding error would be noise.
+    scale = torch.where(deviation > 1e-5, 1 / deviation.clamp_min(1e-5), 0.0)
+    weight = features.new_zeros(classes, features.shape[1]).requires_grad_()
+    bias = features.new_zeros(classes).requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=protocol.iterations,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-9,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        total = protocol.ridge / 2 * weight.square().sum()
+        total.backward()
+        for x, y in zip(features.split(_ROWS), labels.split(_ROWS), strict=True):
+            logits = F.linear((x - mean) * scale, weight, bias)
+            loss = F.cross_entropy(logits, y, reduction="sum") / len(features)
+            loss.backward()
+            total = total.detach() + loss.detach()
+        return total
+
+    optimizer.step(closure)
+    folded = (weight * scale).detach()
+    return folded, bias.detach() - folded @ mean

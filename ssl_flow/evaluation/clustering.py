@@ -1,0 +1,232 @@
+"""Overclustering: do clusters of patch features, found without labels, fall into classes?
+
+    outcome = run_clustering(encoder, train_set, test_set, Clustering(), seed=0)
+    outcome.scores["miou"], outcome.scores["overclustering_miou"]
+
+Ziegler & Asano (Leopart), "Self-Supervised Learning of Object Parts for Semantic Segmentation",
+CVPR 2022; NeCo (Pariza et al., ICLR 2025) uses the same. As their code has it
+(experiments/overcluster/sup_overcluster.py and experiments/utils.py of both): the test images
+themselves are clustered, at 448 x 448; the last layer's patch features are standardised and reduced
+to 50 dimensions by PCA; k-means of 100 iterations, the best of 5 starts from random patches, for
+each of 5 seeds; clusters and masks are compared at 100 x 100 pixels, nearest. With K = classes the
+clusters are matched one to one (Hungarian method on the IoU); with K = 500 each cluster becomes the
+class with most of its pixels. mIoU is of the confusion matrix of the whole set, mean over seeds.
+
+Their k-means is faiss's, which takes a random sample of 256 patches a cluster; so does this one,
+with scikit-learn's Lloyd k-means (MiniBatchKMeans would be another, noisier method).
+
+Ours: standardisation and PCA are fitted on at most 256 x 500 patches (evenly from all images), not
+on every patch of a large set; classes that are in no mask and no prediction are left out of the
+mean (theirs: IoU 0); k-means may stop before its last iteration, when no centre moves any more
+than scikit-learn's tolerance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ssl_flow.data.segmentation import IGNORE, Labelled, SegmentationSet
+from ssl_flow.evaluation.metrics import ConfusionMatrix
+from ssl_flow.evaluation.outcome import Outcome
+from ssl_flow.evaluation.patch_features import (
+    check_classes,
+    evaluating,
+    image_features,
+    resize_mask,
+    shrink_mask,
+)
+from ssl_flow.evaluation.pixel_features import check_features
+from ssl_flow.evaluation.segmentation_scores import SegmentationScores
+from ssl_flow.models.encoder import Encoder
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """The protocol; printed with every result and stored beside it."""
+
+    name: ClassVar[str] = "clustering"
+    version: ClassVar[int] = 1
+    features: str = "last"  # last level; or hypercolumn (all, at the finest's stride), stage1, ...
+    image_size: int = 448  # images are brought to a square of this side
+    mask_size: int = 100  # and masks and clusters to one of this
+    components: int = 50  # of the PCA (fewer when the encoder has fewer channels)
+    overclusters: int = 500  # K of the second clustering; the first has as many as classes
+    seeds: int = 5  # k-means runs, each with its own sample and starts
+    restarts: int = 5  # k-means starts a run, the best is taken
+    iterations: int = 100  # at most, of k-means
+    patches_per_cluster: int = 256  # sample that k-means is fitted on
+    batch_images: int = 8  # images per forward pass of the encoder (no influence on the result)
+
+    def __post_init__(self) -> None:
+        """ValueError for a value with which nothing could be clustered."""
+        for name in ("image_size", "mask_size", "components", "overclusters", "seeds", "restarts",
+                     "iterations", "patches_per_cluster", "batch_images"):  # fmt: skip
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} = {getattr(self, name)}, expected more than 0")
+
+
+def run_clustering(
+    encoder: Encoder,
+    train_set: SegmentationSet,
+    test_set: SegmentationSet,
+    protocol: Clustering | None = None,
+    seed: int = 0,
+    examples: int = 6,
+    progress: bool = True,
+) -> Outcome:
+    """Cluster the patches of the test split, match clusters with classes; the encoder stays.
+
+    Args:
+        encoder: any with `features`, `channels`, `strides`, `normalize`.
+        train_set: not used by this protocol; must have the same classes.
+        test_set: labelled images to cluster and score.
+        protocol: `Clustering()` by default.
+        seed: of the first k-means run; the others have the seeds after it.
+        examples: test images kept in the outcome.
+        progress: show progress bars.
+
+    Returns:
+        Scores: means over the seeds and their standard deviation. `counts`, `per_class`,
+        `examples` are those of K = classes with the seed of median mIoU (details["shown_seed"]).
+
+    Raises:
+        ValueError: unknown features, different classes, fewer patches than clusters, features that
+            are not finite or do not fit their stride (names the image).
+        ImportError: without scikit-learn.
+    """
+    protocol = protocol or Clustering()
+    _sklearn()  # missing: before any long work
+    check_features(encoder, protocol.features)
+    check_classes(train_set, test_set)
+    scores = SegmentationScores(test_set, examples)
+    classes, ks = len(test_set.classes), (len(test_set.classes), protocol.overclusters)
+    with evaluating(encoder):
+        sample = _sample(encoder, test_set, protocol, seed, progress)
+        reduction, runs = _fit(sample, ks, protocol, seed, progress)
+        channels, patches_used = sample.shape[1], len(sample)
+        del sample
+        # A table (classes, K) for each run, and every image's clusters in all runs.
+        tables = [np.zeros((classes, run.n_clusters), np.int64) for run in runs]
+        clusters, lookup = [], np.empty(0, np.int64)
+        for item, patches, stride in _walk(encoder, test_set, protocol, progress, "assign"):
+            reduced = reduction.transform(patches.flatten(1).T.cpu().numpy())
+            found = np.stack([run.predict(reduced) for run in runs]).astype(np.int16)
+            pixels = np.arange(protocol.mask_size) * protocol.image_size // protocol.mask_size
+            lookup = (pixels // stride)[:, None] * patches.shape[2] + pixels // stride
+            mask = _small_mask(item.mask, protocol)
+            for table, labels in zip(tables, found[:, lookup], strict=True):
+                np.add.at(table, (mask[mask != IGNORE], labels[mask != IGNORE]), 1)
+            clusters.append(found)
+    matches = [_match(table, one_to_one=table.shape[1] == classes) for table in tables]
+    mious = [_miou(table, match) for table, match in zip(tables, matches, strict=True)]
+    same, over = np.split(np.array(mious), 2)
+    shown = int(np.argsort(same)[(len(same) - 1) // 2])
+    for item, found in zip(test_set, clusters, strict=True):
+        prediction = matches[shown][found[shown]][lookup]
+        scores.add(item, prediction, _small_mask(item.mask, protocol))
+    outcome = scores.outcome(
+        seed=seed, shown_seed=seed + shown, channels=channels, patches=patches_used,
+        miou_of_seeds=same.tolist(), overclustering_miou_of_seeds=over.tolist(),
+    )  # fmt: skip
+    outcome.scores = {
+        "miou": float(same.mean()),
+        "miou_std": float(same.std()),
+        "overclustering_miou": float(over.mean()),
+        "overclustering_miou_std": float(over.std()),
+    }
+    return outcome
+
+
+def _walk(
+    encoder: Encoder, dataset: SegmentationSet, protocol: Clustering, progress: bool, what: str
+) -> Iterator[tuple[Labelled, Tensor, int]]:
+    found = image_features(
+        encoder, dataset, protocol.features, protocol.image_size, protocol.batch_images
+    )
+    return iter(tqdm(found, what, len(dataset), disable=not progress, leave=False))
+
+
+def _small_mask(mask: np.ndarray, protocol: Clustering) -> np.ndarray:
+    """(H, W) -> (mask_size, mask_size), by way of the encoder's input size, nearest both times."""
+    large = resize_mask(mask, (protocol.image_size, protocol.image_size))
+    return shrink_mask(large, protocol.mask_size)
+
+
+def _sample(
+    encoder: Encoder, dataset: SegmentationSet, protocol: Clustering, seed: int, progress: bool
+) -> np.ndarray:
+    """Patch features (M, C) float32 drawn evenly from all images."""
+    wanted = protocol.patches_per_cluster * max(protocol.overclusters, len(dataset.classes))
+    limit = -(-wanted // len(dataset))
+    generator, drawn = torch.Generator().manual_seed(seed), []
+    for _, patches, _ in _walk(encoder, dataset, protocol, progress, "sample"):
+        features = patches.flatten(1).T
+        chosen = torch.randperm(len(features), generator=generator)[:limit]
+        drawn.append(features[chosen.to(features.device)].cpu().numpy())
+    sample = np.concatenate(drawn)
+    if len(sample) < protocol.overclusters:
+        raise ValueError(
+            f"{dataset.name}: {len(sample)} patches cannot make overclusters = "
+            f"{protocol.overclusters} clusters; use finer features or a larger image_size"
+        )
+    return sample
+
+
+def _fit(
+    sample: np.ndarray, ks: Sequence[int], protocol: Clustering, seed: int, progress: bool
+) -> tuple[Any, list[Any]]:
+    """Standardisation and PCA, and the k-means runs: for each K, every seed."""
+    sklearn = _sklearn()
+    components = min(protocol.components, *sample.shape)
+    reduction = sklearn.pipeline.make_pipeline(
+        sklearn.preprocessing.StandardScaler(),
+        sklearn.decomposition.PCA(components, svd_solver="covariance_eigh"),
+    )
+    reduced, runs = reduction.fit_transform(sample), []
+    jobs = [(k, run) for k in ks for run in range(seed, seed + protocol.seeds)]
+    for k, run in tqdm(jobs, "k-means", disable=not progress, leave=False):
+        rows = np.random.default_rng(run).permutation(len(reduced))
+        kmeans = sklearn.cluster.KMeans(
+            k, init="random", n_init=protocol.restarts, max_iter=protocol.iterations,
+            random_state=run,
+        )  # fmt: skip
+        runs.append(kmeans.fit(reduced[rows[: protocol.patches_per_cluster * k]]))
+    return reduction, runs
+
+
+def _match(table: np.ndarray, one_to_one: bool) -> np.ndarray:
+    """Class (K,) of every cluster from the pixels (classes, K) that they share."""
+    match: np.ndarray = table.argmax(0)
+    if not one_to_one:
+        return match
+    from scipy.optimize import linear_sum_assignment
+
+    union = table.sum(1, keepdims=True) + table.sum(0) - table
+    rows, columns = linear_sum_assignment(table / np.maximum(union, 1), maximize=True)
+    match[columns] = rows
+    return match
+
+
+def _miou(table: np.ndarray, match: np.ndarray) -> float:
+    """mIoU after matching: the columns (clusters) of one class are added up."""
+    matrix = ConfusionMatrix(len(table))
+    matrix.counts.index_add_(1, torch.from_numpy(match), torch.from_numpy(table))
+    return matrix.miou()
+
+
+def _sklearn() -> Any:  # noqa: ANN401 (a module)
+    try:
+        import sklearn.cluster
+        import sklearn.decomposition
+        import sklearn.pipeline
+        import sklearn.preprocessing
+    except ImportError as error:
+        raise ImportError("clustering needs scikit-learn: pip install ssl-flow[eval]") from error
+    return sklearn

@@ -1,0 +1,169 @@
+"""Correspondence: is a pixel's nearest neighbour in the next frame where the true flow says?
+
+    result = run_correspondence(encoder, open_flow_pairs("middlebury:data/flow/middlebury"))
+    result.scores["pck_1px"], result.scores["endpoint_error_px"]
+
+No flow is estimated and nothing is trained. Pixels on a grid in the first frame whose true match is
+known and inside the second frame are looked up among all pixels of the second frame. Features are
+read bilinearly at pixels; every level has unit length, so the similarity of hypercolumns is the
+mean of their levels' cosines. Protocol and defaults are ours; the scores are the field's: mean
+endpoint error (Baker et al., IJCV 2011) and PCK, the share of matches within a distance (Yang and
+Ramanan, PAMI 2013), in pixels or as a fraction of the frame's larger side.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from ssl_flow.data.flow_pairs import FlowPair
+from ssl_flow.data.segmentation import Labelled
+from ssl_flow.evaluation.outcome import Outcome
+from ssl_flow.evaluation.pixel_features import (
+    check_features,
+    check_finite,
+    feature_levels,
+    frozen,
+    normalized_batches,
+    sample_levels,
+)
+from ssl_flow.models.encoder import Encoder
+
+_KEYS = 8192  # pixels compared with at once; no influence on the result
+
+
+@dataclass(frozen=True)
+class Correspondence:
+    """The protocol; distances in pixels of the frames as they are."""
+
+    name: ClassVar[str] = "correspondence"
+    version: ClassVar[int] = 1
+    features: str = "hypercolumn"  # all levels; or embedding, or stage1 (finest), stage2, ...
+    query_step: int = 16  # between the pixels of the first frame that are looked up
+    pixels: tuple[float, ...] = (1, 3, 5)  # PCK: distances that count as right; first the headline
+    sides: tuple[float, ...] = (0.05, 0.1)  # PCK: the same as fractions of the larger side
+
+    def __post_init__(self) -> None:
+        """ValueError for a grid without pixels."""
+        if self.query_step < 1:
+            raise ValueError(f"query_step = {self.query_step}, expected 1 or more")
+
+
+def run_correspondence(
+    encoder: Encoder,
+    pairs: Iterable[FlowPair],
+    protocol: Correspondence | None = None,
+    progress: bool = True,
+) -> Outcome:
+    """Match every pair and compare with its true flow; nothing is random.
+
+    Args:
+        encoder: frozen; `features`, `embed`, `channels`, `strides`, `normalize`.
+        pairs: as `open_flow_pairs` gives.
+        protocol: `Correspondence()` by default.
+        progress: show a progress bar.
+
+    Returns:
+        Scores are means over the pairs of the means over their pixels. `details` holds the same
+        scores of what every table should be read against: `zero flow` (nothing moves) and `floor`
+        (the best that whole pixels can do).
+
+    Raises:
+        ValueError: unknown features, features that are not finite, a pair without a known match
+            inside the frame (all name it), no pairs.
+    """
+    protocol = protocol or Correspondence()
+    check_features(encoder, protocol.features)
+    start = time.perf_counter()
+    tables: dict[str, list[dict[str, float]]] = {"found": [], "zero flow": [], "floor": []}
+    items = []
+    with frozen(encoder):
+        for pair in tqdm(pairs, desc="pairs", disable=not progress, leave=False):
+            height, width = pair.known.shape
+            queries, targets = _queries(pair, protocol.query_step)
+            found = _match(encoder, pair, queries, protocol).numpy()
+            rounded = np.clip(np.rint(targets), 0, (width - 1, height - 1))
+            for name, guess in (("found", found), ("zero flow", queries), ("floor", rounded)):
+                error = np.linalg.norm(guess - targets, axis=1)
+                tables[name].append(_scores(error, max(height, width), protocol))
+            items.append(pair.name)
+    if not items:
+        raise ValueError("no pairs of frames to match")
+    values = {name: _columns(rows) for name, rows in tables.items()}
+    means: dict[str, dict[str, Any]] = {
+        name: {key: float(column.mean()) for key, column in columns.items()}
+        for name, columns in values.items()
+    }
+    return Outcome(
+        scores=means.pop("found"),
+        values=values["found"],
+        items=items,
+        details=means | {"seconds": round(time.perf_counter() - start, 1)},
+    )
+
+
+def _queries(pair: FlowPair, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """(N, 2) pixels (x, y) of the first frame, and where they truly are in the second."""
+    height, width = pair.known.shape
+    rows, columns = np.mgrid[step // 2 : height : step, step // 2 : width : step].reshape(2, -1)
+    targets = np.stack([columns, rows], 1) + pair.flow[rows, columns]
+    inside = ((targets >= 0) & (targets <= (width - 1, height - 1))).all(1)
+    kept = inside & pair.known[rows, columns]
+    if not kept.any():
+        raise ValueError(f"{pair.name}: no pixel of the grid has a known match inside the frame")
+    return np.stack([columns, rows], 1)[kept], targets[kept]
+
+
+def _match(
+    encoder: Encoder, pair: FlowPair, queries: np.ndarray, protocol: Correspondence
+) -> Tensor:
+    """(N, 2) pixels (x, y) of the second frame that are nearest to the queries of the first."""
+    frames = [
+        Labelled(image, pair.known, f"{pair.name}, {which} frame")
+        for image, which in ((pair.first, "first"), (pair.second, "second"))
+    ]
+    _, images = next(normalized_batches(encoder, frames, 2))
+    levels, strides = feature_levels(encoder, images, protocol.features)
+    for index, frame in enumerate(frames):
+        check_finite(levels, index, frame.name)
+    device, (height, width) = images.device, pair.known.shape
+
+    def sample(frame: int, pixels: Tensor) -> Tensor:
+        """(N, sum C) with unit length over each level."""
+        return torch.cat(
+            [
+                F.normalize(sample_levels([x[frame]], [s], pixels[:, 1], pixels[:, 0]), dim=1)
+                for x, s in zip(levels, strides, strict=True)
+            ],
+            dim=1,
+        )
+
+    pixels = torch.from_numpy(queries).to(device)
+    asked = sample(0, pixels)  # (N, C)
+    best, found = asked.new_full((len(asked),), -torch.inf), torch.zeros_like(pixels)
+    everywhere = torch.arange(height * width, device=device)
+    for part in everywhere.split(_KEYS):
+        keys = torch.stack([part % width, part // width], 1)
+        similarity, which = (asked @ sample(1, keys).T).max(1)
+        found = torch.where((similarity > best)[:, None], keys[which], found)
+        best = best.maximum(similarity)
+    return found.cpu()
+
+
+def _scores(error: np.ndarray, side: int, protocol: Correspondence) -> dict[str, float]:
+    limits = {f"pck_{limit:g}px": limit for limit in protocol.pixels}
+    limits |= {f"pck_{share:g}": share * side for share in protocol.sides}
+    scores = {name: float((error <= limit).mean()) for name, limit in limits.items()}
+    return scores | {"endpoint_error_px": float(error.mean())}
+
+
+def _columns(rows: list[dict[str, float]]) -> dict[str, np.ndarray]:
+    return {key: np.array([row[key] for row in rows]) for key in rows[0]}

@@ -1,0 +1,221 @@
+"""Dense kNN: segmentation by retrieval from a memory of labelled patch features, nothing trained.
+
+    outcome = run_dense_knn(encoder, train_set, test_set, DenseKnn(), seed=0)
+
+Balažević et al., "Towards In-context Scene Understanding" (Hummingbird), NeurIPS 2023: the memory
+holds L2-normalised patch features of the training images and the share of each class in the patch;
+a test patch takes its k nearest ones (cosine) and averages their labels with the weights
+softmax(cosine / temperature); the class probabilities are upsampled bilinearly, then argmax.
+
+The numbers and the choice of patches are those of the public re-implementation, vpariza's
+open-hummingbird-eval (hbird/hbird_eval.py, README): memory_size // images patches of each training
+image, those with the smallest u * (sum of f_c over the classes c in the patch), f_c being the
+number of the image's patches that hold c and u uniform in [0, 1): rare classes come first.
+
+Ours: exact search instead of ScaNN's approximate one; float16 features in the memory; one pass over
+the training images as they are (theirs: two passes with random crops and colour jitter); ignored
+pixels have no share in a patch's label and a patch of nothing else is left out (theirs count as
+class 0); scored at the mask's own resolution (theirs: at 512 x 512).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from ssl_flow.data.segmentation import SegmentationSet
+from ssl_flow.evaluation.outcome import Outcome
+from ssl_flow.evaluation.patch_features import (
+    check_classes,
+    evaluating,
+    image_features,
+    label_counts,
+    resize_map,
+    resize_mask,
+)
+from ssl_flow.evaluation.pixel_features import check_features
+from ssl_flow.evaluation.segmentation_scores import SegmentationScores
+from ssl_flow.models.encoder import Encoder
+
+
+@dataclass(frozen=True)
+class DenseKnn:
+    """The protocol; printed with every result and stored beside it."""
+
+    name: ClassVar[str] = "dense-knn"
+    version: ClassVar[int] = 1
+    features: str = "last"  # last level; or hypercolumn (all, at the finest's stride), stage1, ...
+    image_size: int | None = 512  # images are brought to a square of this side; None: as they are
+    memory_size: int = 1_024_000  # patch features; the paper has up to 10,240,000
+    neighbours: int = 30  # k
+    temperature: float = 0.02
+    memory_gib: float = 3.0  # for the memory; when short, it holds fewer patches (ours)
+    search: Literal["torch", "faiss"] = "torch"  # both exact; faiss keeps float32
+    batch_images: int = 8  # images per forward pass of the encoder (no influence on the result)
+
+    def __post_init__(self) -> None:
+        """ValueError for a value with which nothing could be found."""
+        for name in ("memory_size", "neighbours", "temperature", "memory_gib", "batch_images"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} = {getattr(self, name)}, expected more than 0")
+        if self.search not in ("torch", "faiss"):
+            raise ValueError(f"search = {self.search!r}, expected torch or faiss")
+
+
+def run_dense_knn(
+    encoder: Encoder,
+    train_set: SegmentationSet,
+    test_set: SegmentationSet,
+    protocol: DenseKnn | None = None,
+    seed: int = 0,
+    examples: int = 6,
+    progress: bool = True,
+) -> Outcome:
+    """Fill the memory from one split, segment another with it; the encoder stays as it is.
+
+    Args:
+        encoder: any with `features`, `channels`, `strides`, `normalize`.
+        train_set: labelled images for the memory.
+        test_set: labelled images to score; the same classes.
+        protocol: `DenseKnn()` by default.
+        seed: of the choice of patches.
+        examples: test images kept in the outcome.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: unknown features, different classes, no labelled patch, features that are not
+            finite or do not fit their stride (names the image).
+        ImportError: search = faiss without faiss.
+    """
+    protocol = protocol or DenseKnn()
+    check_features(encoder, protocol.features)
+    check_classes(train_set, test_set)
+    if protocol.search == "faiss":
+        _faiss()  # missing: before any long work
+    scores = SegmentationScores(test_set, examples)
+    with evaluating(encoder), torch.inference_mode():
+        features, labels = _fill(encoder, train_set, protocol, seed, progress)
+        index = _faiss_index(features) if protocol.search == "faiss" else None
+        found = image_features(
+            encoder, test_set, protocol.features, protocol.image_size, protocol.batch_images
+        )
+        for item, patches, stride in tqdm(
+            found, "test", len(test_set), disable=not progress, leave=False
+        ):
+            queries = F.normalize(patches.flatten(1).T, dim=1)
+            if index is None:
+                cosine, rows = nearest(features, queries, protocol.neighbours)
+            else:
+                k = min(protocol.neighbours, len(features))
+                result = index.search(queries.cpu().numpy(), k)
+                cosine, rows = (torch.from_numpy(x).to(queries.device) for x in result)
+            shares = vote(cosine, rows, labels, protocol.temperature)
+            probabilities = shares.T.reshape(1, -1, *patches.shape[1:])
+            size = item.image.shape[:2]  # as encoded
+            full = resize_map(probabilities, stride, size, item.mask.shape)
+            scores.add(item, full[0].argmax(0).byte().cpu().numpy())
+    return scores.outcome(seed=seed, memory=len(features), channels=features.shape[1])
+
+
+def _fill(
+    encoder: Encoder, dataset: SegmentationSet, protocol: DenseKnn, seed: int, progress: bool
+) -> tuple[Tensor, Tensor]:
+    """The memory: unit features (M, C) and shares of the classes (M, K), both float16."""
+    generator = torch.Generator().manual_seed(seed)
+    features, labels = torch.empty(0), torch.empty(0)
+    classes, limit, filled = len(dataset.classes), 0, 0
+    found = image_features(
+        encoder, dataset, protocol.features, protocol.image_size, protocol.batch_images
+    )
+    for item, patches, stride in tqdm(
+        found, "memory", len(dataset), disable=not progress, leave=False
+    ):
+        channels, *cells = patches.shape
+        if not limit:  # the first image tells the number of channels
+            each = (6 if protocol.search == "faiss" else 2) * channels + 2 * classes
+            rows = min(protocol.memory_size, int(protocol.memory_gib * 2**30 / each))
+            limit = max(1, rows // len(dataset))
+            # What stays unused of this costs address space only (on a GPU: at most memory_gib).
+            features = patches.new_empty(limit * len(dataset), channels, dtype=torch.float16)
+            labels = patches.new_empty(len(features), classes, dtype=torch.float16)
+        counts = label_counts(
+            resize_mask(item.mask, item.image.shape[:2]), stride, (cells[0], cells[1]), classes
+        )
+        chosen = _choose(counts, limit, generator)
+        shares = counts[chosen] / counts[chosen].sum(1, keepdim=True)
+        features[filled : filled + len(chosen)] = F.normalize(patches.flatten(1).T[chosen], dim=1)
+        labels[filled : filled + len(chosen)] = shares
+        filled += len(chosen)
+    if not filled:
+        raise ValueError(f"{dataset.name}: no training patch has a label")
+    return features[:filled], labels[:filled]
+
+
+def _choose(counts: Tensor, limit: int, generator: torch.Generator) -> Tensor:
+    """Rows of at most `limit` labelled patches of an image; (patches, K) pixels of each class."""
+    present = (counts > 0).double()
+    score = present @ present.sum(0)  # of each patch: how common its classes are in this image
+    score *= torch.rand(len(score), generator=generator, dtype=torch.float64)
+    score[counts.sum(1) == 0] = torch.inf
+    return score.argsort()[: min(limit, int(present.any(1).sum()))]
+
+
+def nearest(
+    memory: Tensor, queries: Tensor, k: int, rows: int = 32768, block: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """The k largest inner products of every query with the rows of a memory, exactly.
+
+    Args:
+        memory: (M, C) of any floating type, usually float16.
+        queries: (Q, C) float32; products are float32 too.
+        k: M are given when there are fewer.
+        rows: of the memory at a time; `rows` x `block` products are held, and `rows` in float32.
+        block: queries at a time.
+
+    Returns:
+        Products (Q, k), largest first, and the rows (Q, k) of the memory that they are with.
+    """
+    found = []
+    for some in queries.split(block):
+        best, index = some.new_empty(len(some), 0), torch.empty_like(some[:, :0], dtype=torch.long)
+        for start in range(0, len(memory), rows):
+            part = memory[start : start + rows].to(some.dtype)
+            top, where = (some @ part.T).topk(min(k, len(part)), dim=1)
+            best, index = torch.cat([best, top], 1), torch.cat([index, where + start], 1)
+            best, order = best.topk(min(k, best.shape[1]), dim=1)
+            index = index.gather(1, order)
+        found.append((best, index))
+    products, indices = zip(*found, strict=True)
+    return torch.cat(products), torch.cat(indices)
+
+
+def vote(cosine: Tensor, rows: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Labels (Q, K) float32: those (M, K) of the neighbours `rows` (Q, k), softmax-weighted."""
+    weights = (cosine / temperature).softmax(1)  # (Q, k)
+    shares = torch.zeros(len(rows), labels.shape[1], device=labels.device)
+    for weight, row in zip(weights.T, rows.T, strict=True):  # (Q, k, K) at once would be large
+        shares += weight[:, None] * labels[row]
+    return shares
+
+
+def _faiss() -> Any:  # noqa: ANN401 (a module)
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError(
+            "search = faiss needs the package faiss-cpu (pip install faiss-cpu); "
+            "search = torch needs nothing and finds the same neighbours"
+        ) from error
+    return faiss
+
+
+def _faiss_index(features: Tensor) -> Any:  # noqa: ANN401 (faiss has no types)
+    index = _faiss().IndexFlatIP(features.shape[1])
+    for part in features.split(65536):
+        index.add(part.float().cpu().numpy())
+    return index

@@ -1,0 +1,239 @@
+"""Label propagation: how far features alone carry the mask of a video's first frame.
+
+    result = run_label_propagation(encoder, open_videos("davis:data/DAVIS").videos)
+    result.scores["J&F"]
+
+Every frame's cells take the soft labels of their nearest neighbours in the first frame and the few
+before it, within a spatial neighbourhood. As Jabri et al. (NeurIPS 2020), with the settings and the
+details of DINO (Caron et al., ICCV 2021; facebookresearch/dino: eval_video_segmentation.py).
+Only the features of the context are kept, and similarities are made tile by tile.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from ssl_flow.data.segmentation import Labelled
+from ssl_flow.evaluation.outcome import Outcome
+from ssl_flow.evaluation.pixel_features import (
+    check_features,
+    check_finite,
+    feature_levels,
+    frozen,
+    normalized_batches,
+)
+from ssl_flow.models.encoder import Encoder
+
+_TILE = 16  # side of the squares of cells that are looked up at once; no influence on the result
+
+
+class Video(Protocol):
+    """A sequence of frames with a mask on each, as `open_videos` gives."""
+
+    @property
+    def name(self) -> str:
+        """The sequence's."""
+
+    @property
+    def objects(self) -> int:
+        """How many the first mask shows."""
+
+    def __len__(self) -> int:
+        """The number of frames."""
+
+    def __getitem__(self, index: int) -> Labelled:
+        """Image, objects (H, W) uint8 with 0 = background and 1..objects, the frame's name."""
+
+
+@dataclass(frozen=True)
+class LabelPropagation:
+    """The protocol; all but `features` are the published settings."""
+
+    name: ClassVar[str] = "label-propagation"
+    version: ClassVar[int] = 1
+    # embedding, or stage1, stage2, ...; None: the last map of the coarsest stride up to 8, or of
+    # the finest stride where all are coarser: a ViT's last layer, a ResNet's map of stride 8.
+    features: str | None = None
+    short_side: int = 480  # frames are resized to it, the other side to a multiple of 64 below
+    previous: int = 7  # frames of context besides the first one
+    neighbours: int = 5  # cells whose labels are averaged
+    radius: int = 12  # cells to each side in which they are looked for
+    temperature: float = 0.1  # of the softmax over their cosine similarities
+
+    def __post_init__(self) -> None:
+        """ValueError for a value with which nothing could be propagated."""
+        for key in ("short_side", "neighbours", "temperature"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"{key} = {getattr(self, key)}, expected more than 0")
+        for key in ("previous", "radius"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key} = {getattr(self, key)}, expected 0 or more")
+
+
+def run_label_propagation(
+    encoder: Encoder,
+    videos: Sequence[Video],
+    protocol: LabelPropagation | None = None,
+    examples: int = 6,
+    progress: bool = True,
+) -> Outcome:
+    """Propagate the first mask of every video and score the others; nothing is random.
+
+    Args:
+        encoder: frozen; `features`, `embed`, `channels`, `strides`, `normalize`.
+        videos: sequences with their masks; only the first mask of each is shown.
+        protocol: `LabelPropagation()` by default.
+        examples: sequences whose last frame is kept as (image, truth, prediction).
+        progress: show a progress bar.
+
+    Returns:
+        DAVIS's scores at the masks' resolution; `values` and `items` are those of the objects,
+        over which DAVIS takes the mean.
+
+    Raises:
+        ValueError: unknown features, features that are not finite (names the frame), a video of
+            fewer than 3 frames (the first is given, the last is not scored), none at all.
+    """
+    from ssl_flow.evaluation.video_metrics import davis_summary, sequence_scores
+
+    protocol = protocol or LabelPropagation()
+    features = protocol.features or _default_features(encoder)
+    check_features(encoder, features)
+    if features == "hypercolumn":
+        raise ValueError("labels are propagated on one map: name a stage or the embedding")
+    short = [video.name for video in videos if len(video) < 3]
+    if short or not len(videos):
+        raise ValueError(f"no video of 3 frames to propagate along: {short or 'no video at all'}")
+    start = time.perf_counter()
+    scored, items, kept = [], [], []
+    wanted = set(np.linspace(0, len(videos) - 1, min(examples, len(videos))).astype(int).tolist())
+    with frozen(encoder):
+        for index, video in enumerate(tqdm(videos, desc="videos", disable=not progress)):
+            image, truth, prediction = _propagate_video(encoder, video, features, protocol)
+            scored.append(sequence_scores(prediction, truth, video.objects))
+            items += [f"{video.name}/object {i + 1}" for i in range(video.objects)]
+            if index in wanted:
+                kept.append((image, truth[-1], prediction[-1]))
+    means = np.concatenate([scores.mean(1) for scores in scored])  # (all objects, 2)
+    return Outcome(
+        scores=davis_summary(scored),
+        values={"J&F mean": means.mean(1), "J mean": means[:, 0], "F mean": means[:, 1]},
+        items=items,
+        details={"features": features, "seconds": round(time.perf_counter() - start, 1)},
+        examples=kept,
+    )
+
+
+def _default_features(encoder: Encoder) -> str:
+    strides = encoder.strides
+    stride = max((s for s in strides if s <= 8), default=min(strides))
+    return f"stage{len(strides) - strides[::-1].index(stride)}"
+
+
+def _propagate_video(
+    encoder: Encoder, video: Video, features: str, protocol: LabelPropagation
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The last image (H, W, 3), and truth and prediction (T, H, W), the first mask being given."""
+    image, truth, name = video[0]
+    first, stride, size = _map(encoder, image, name, features, protocol)
+    rows, columns = (
+        # The mask's pixel at the middle of each cell, as PIL's nearest resizing takes it.
+        np.minimum(((np.arange(cells) + 0.5) * stride * whole / side).astype(int), whole - 1)
+        for cells, whole, side in zip(first.shape[1:], truth.shape, size, strict=True)
+    )
+    cells = torch.from_numpy(truth[rows][:, columns]).to(first.device).long()
+    given = first, F.one_hot(cells, video.objects + 1).movedim(2, 0).to(first.dtype)
+    recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=protocol.previous)
+    truths, predictions = [truth], [truth]
+    for index in range(1, len(video)):
+        image, truth, name = video[index]
+        query, _, _ = _map(encoder, image, name, features, protocol)
+        keys, labels = zip(given, *recent, strict=True)
+        soft = propagate(query, torch.stack(keys), torch.stack(labels), protocol)
+        recent.append((query, soft))
+        truths.append(truth)
+        predictions.append(_full_resolution(soft, stride, size, truth.shape))
+    return image, np.stack(truths), np.stack(predictions)
+
+
+def _map(
+    encoder: Encoder, image: np.ndarray, name: str, features: str, protocol: LabelPropagation
+) -> tuple[Tensor, int, tuple[int, int]]:
+    """Unit features (C, h, w) of a frame, their stride, and the (H, W) it was resized to."""
+    short, (height, width) = protocol.short_side, image.shape[:2]
+    long = max(64, int(short * max(height, width) / min(height, width) / 64) * 64)
+    size = (long, short) if height > width else (short, long)
+    resized = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
+    _, images = next(normalized_batches(encoder, [Labelled(resized, resized, name)], 1))
+    levels, strides = feature_levels(encoder, images, features)
+    check_finite(levels, 0, name)
+    return F.normalize(levels[0][0], dim=0), strides[0], size
+
+
+def propagate(query: Tensor, keys: Tensor, labels: Tensor, protocol: LabelPropagation) -> Tensor:
+    """Soft labels of a frame's cells from those of its context.
+
+    Args:
+        query: (C, h, w), unit length over C.
+        keys: (n, C, h, w) of the n frames of context, unit length.
+        labels: (n, K, h, w), theirs.
+        protocol: neighbours over all n frames together, radius in cells, temperature.
+
+    Returns:
+        (K, h, w) mean of the neighbours' labels with weights softmax(cosine / temperature).
+    """
+    (height, width), radius = query.shape[1:], protocol.radius
+    result = labels.new_empty(labels.shape[1:])
+    for top in range(0, height, _TILE):
+        for left in range(0, width, _TILE):
+            tile = slice(top, top + _TILE), slice(left, left + _TILE)
+            near = tuple(slice(max(0, s.start - radius), s.stop + radius) for s in tile)
+            asked = query[:, tile[0], tile[1]].flatten(1)  # (C, q)
+            found = keys[:, :, near[0], near[1]].flatten(2)  # (n, C, s)
+            known = labels[:, :, near[0], near[1]].movedim(1, -1).flatten(0, 2)  # (n * s, K)
+            similarity = torch.einsum("cq,ncs->qns", asked, found)
+            far = (_cells(query, tile)[:, None] - _cells(query, near)).abs().amax(-1) > radius
+            similarity = similarity.masked_fill(far[:, None], -torch.inf).flatten(1)
+            best, index = similarity.topk(min(protocol.neighbours, similarity.shape[1]), dim=1)
+            weight = (best / protocol.temperature).softmax(1)  # (q, neighbours)
+            soft = torch.einsum("qm,qmk->kq", weight, known[index])
+            target = result[:, tile[0], tile[1]]
+            target.copy_(soft.view_as(target))
+    return result
+
+
+def _cells(like: Tensor, window: tuple[slice, ...]) -> Tensor:
+    """(N, 2) row and column of the cells of a window of a map (C, h, w), in reading order."""
+    rows, columns = (
+        torch.arange(*s.indices(n), device=like.device)
+        for s, n in zip(window, like.shape[1:], strict=True)
+    )
+    return torch.cartesian_prod(rows, columns)
+
+
+def _full_resolution(
+    soft: Tensor, stride: int, size: tuple[int, int], full: tuple[int, ...]
+) -> np.ndarray:
+    """Object of the highest label at every pixel of the (H, W) masks.
+
+    As in DINO's script: bilinear to the resized frame, every channel stretched to 0..1, the highest
+    one taken, and only then to the masks' size, by nearest neighbour.
+    """
+    up = F.interpolate(soft[None], scale_factor=stride, mode="bilinear", align_corners=False)
+    labels = up[0, :, : size[0], : size[1]]  # cells may reach past the frame
+    low = labels.amin((1, 2), keepdim=True)
+    span = (labels.amax((1, 2), keepdim=True) - low).clamp_min(torch.finfo(soft.dtype).tiny)
+    chosen = ((labels - low) / span).argmax(0).byte().cpu().numpy()
+    nearest: np.ndarray = cv2.resize(chosen, full[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+    return nearest

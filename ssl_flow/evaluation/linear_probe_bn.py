@@ -1,0 +1,181 @@
+"""`linear-probe-bn`: the linear segmentation probe of DINOv3, with its training recipe.
+
+Siméoni et al., "DINOv3", arXiv 2508.10104; every number below is that of the public code
+(facebookresearch/dinov3, dinov3/eval/segmentation: config-ade20k-linear-training.yaml, train.py,
+transforms.py, schedulers.py, inference.py, models/heads/linear_head.py): dropout of channels,
+BatchNorm and 1x1 convolution on the last layer; AdamW; the short side scaled at random, a random
+crop without too much of one class, flip, colour distortion; cross-entropy whose mean counts ignored
+pixels too; at test time windows of 512 pixels every 341, averaged logits, scored at the mask's own
+resolution. Their batch is 2 images on each of 8 GPUs with synchronised BatchNorm: here 16 at once.
+
+Ours: the recipe is ADE20K's (20,210 images) whatever the set. `features = hypercolumn` is theirs
+for the four levels of a ViT (their FOUR_EVEN_INTERVALS); the levels of a pyramid are normalised
+each at its own stride. The maps are those that the encoder gives; DINOv3's have gone through the
+backbone's last LayerNorm.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.v2.functional as V
+from torch import Tensor, nn
+
+from ssl_flow.data.segmentation import IGNORE, Labelled
+from ssl_flow.evaluation.linear_probe_plain import Classify
+from ssl_flow.evaluation.patch_features import resize_image, resize_mask
+
+
+@dataclass(frozen=True)
+class BnProbe:
+    """The protocol; printed with every result and stored beside it."""
+
+    name: ClassVar[str] = "linear-probe-bn"
+    version: ClassVar[int] = 1
+    ignored_count: ClassVar[bool] = True  # in the denominator of the loss's mean
+    features: str = "last"  # or hypercolumn, embedding, stage1, ...
+    steps: int = 40_000  # optimisation steps
+    batch_images: int = 16
+    lr: float = 1e-3  # AdamW's peak, betas 0.9 and 0.999, no gradient clipping
+    weight_decay: float = 1e-3
+    warmup_steps: int = 1500  # linear from lr * 1e-6; then cosine to 0
+    dropout: float = 0.1  # of whole channels, before BatchNorm
+    input_size: int = 512  # side of a crop and of a test window; the test image's short side
+    stride: int = 341  # between test windows
+    scales: tuple[float, float] = (0.5, 2.0)  # of input_size: the training image's short side
+    max_class_share: float = 0.75  # of a crop's labelled pixels; up to 10 further draws
+    flip: float = 0.5
+    forward_images: int = 4  # images per forward pass of the encoder (no influence on the result)
+
+    def __post_init__(self) -> None:
+        """ValueError for a value with which nothing could be fitted."""
+        for name in ("steps", "batch_images", "lr", "input_size", "stride", "forward_images"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} = {getattr(self, name)}, expected more than 0")
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(
+                f"warmup_steps = {self.warmup_steps} of steps = {self.steps}: shorten both"
+            )
+        if self.stride > self.input_size:
+            raise ValueError(f"stride = {self.stride} leaves gaps between windows of input_size")
+
+    @property
+    def target_size(self) -> int:
+        """Side of the mask that the loss sees."""
+        return self.input_size
+
+    def total_steps(self, images: int) -> int:
+        """Of the training, for a set of so many images."""
+        return self.steps
+
+    def head(self, channels: int, classes: int) -> nn.Conv2d:
+        """The classifier (B, C, h, w) -> (B, K, h, w)."""
+        convolution = nn.Conv2d(channels, classes, 1)
+        nn.init.normal_(convolution.weight, std=0.01)
+        nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
+        return convolution
+
+    def before(self, channels: int) -> nn.Module:
+        """What a level goes through before the classifier."""
+        return nn.Sequential(nn.Dropout2d(self.dropout), nn.BatchNorm2d(channels))
+
+    def optimizer(self, head: nn.Module) -> torch.optim.Optimizer:
+        """AdamW."""
+        return torch.optim.AdamW(head.parameters(), self.lr, weight_decay=self.weight_decay)
+
+    def learning_rate(self, step: int, images: int) -> float:
+        """At a step from 0; the first two steps have the same one, as in the original."""
+        t = max(step - 1, 0)
+        if t < self.warmup_steps:
+            below = (1 - t / self.warmup_steps) * (1 - 1e-6)
+            return self.lr * (1 - below) * (1 - t / self.steps)
+        return self.lr / 2 * (1 + math.cos(math.pi * (t + 1) / self.steps))
+
+    def augment(
+        self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A training example: image at most and mask exactly input_size on both sides.
+
+        The image is padded after it is normalised (with 0), the mask here (with 255).
+        """
+        low, high = self.scales
+        size = _short_side(mask.shape, int(self.input_size * rng.uniform(low, high)))
+        image, mask = resize_image(image, size), resize_mask(mask, size)
+        spare = [max(side - self.input_size, 0) for side in size]
+        for _ in range(11):
+            row, column = (int(rng.integers(0, s + 1)) for s in spare)
+            window = (slice(row, row + self.input_size), slice(column, column + self.input_size))
+            counts = np.bincount(mask[window].ravel(), minlength=256)[:IGNORE]
+            if (counts > 0).sum() > 1 and counts.max() < self.max_class_share * counts.sum():
+                break
+        image, mask = image[window], mask[window]
+        if rng.random() < self.flip:
+            image, mask = image[:, ::-1], mask[:, ::-1]
+        missing = [(0, self.input_size - side) for side in mask.shape]
+        return distort_colors(image, rng), np.pad(mask, missing, constant_values=IGNORE)
+
+    def predict(self, classify: Classify, item: Labelled) -> tuple[Tensor, np.ndarray]:
+        """Classes of a test image at its mask's resolution, and that mask."""
+        size = _short_side(item.mask.shape, self.input_size)
+        image = resize_image(item.image, size)
+        total = count = torch.zeros(())
+        for rows, columns in itertools.product(*(self._starts(side) for side in size)):
+            window = slice(rows, rows + self.input_size), slice(columns, columns + self.input_size)
+            logits = classify(image[window], (self.input_size, self.input_size))
+            if not total.ndim:
+                total, count = (logits.new_zeros(1, k, *size) for k in (logits.shape[1], 1))
+            total[..., window[0], window[1]] += logits
+            count[..., window[0], window[1]] += 1
+        total /= count
+        full = F.interpolate(total, item.mask.shape, mode="bilinear", align_corners=False)
+        return full[0].argmax(0), item.mask
+
+    def _starts(self, side: int) -> list[int]:
+        """First pixels of the windows along one side."""
+        last = max(side - self.input_size, 0)
+        return [*range(0, last, self.stride), last]
+
+
+def _short_side(size: tuple[int, ...], short: int) -> tuple[int, int]:
+    height, width = size
+    if height > width:
+        return int(short * height / width + 0.5), short
+    return short, int(short * width / height + 0.5)
+
+
+def distort_colors(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Random brightness, contrast, saturation, hue of (H, W, 3) uint8, each in half of the images.
+
+    Brightness +-32, contrast and saturation times 0.5 to 1.5, hue by up to half a turn; contrast
+    comes after brightness or last, by chance.
+    """
+
+    def linear(values: np.ndarray, scale: float, shift: float) -> np.ndarray:
+        changed: np.ndarray = np.clip(values.astype(np.float32) * scale + shift, 0, 255)
+        return changed.astype(np.uint8)
+
+    def by_torchvision(values: np.ndarray, how: str, amount: float) -> np.ndarray:
+        pixels = torch.from_numpy(values.copy()).permute(2, 0, 1)
+        changed: np.ndarray = getattr(V, f"adjust_{how}_image")(pixels, amount).numpy()
+        return changed.transpose(1, 2, 0)
+
+    brightness, contrast, saturation, hue, early = rng.integers(0, 2, 5).astype(bool)
+    shift, turn = rng.uniform(-32, 32), rng.uniform(-0.5, 0.5)
+    factor, color = rng.uniform(0.5, 1.5, 2)
+    if brightness:
+        image = linear(image, 1, shift)
+    if contrast and early:
+        image = linear(image, factor, 0)
+    if saturation:
+        image = by_torchvision(image, "saturation", color)
+    if hue:
+        image = by_torchvision(image, "hue", turn)
+    if contrast and not early:
+        image = linear(image, factor, 0)
+    return image

@@ -1,0 +1,208 @@
+"""Train a segmentation head on a frozen encoder's maps by a published recipe, and score it.
+
+    outcome = run_segmentation_head(encoder, train_set, test_set, BnProbe(), seed=0)
+    outcome = run_segmentation_head(encoder, train_set, test_set, PlainProbe(), seed=0)
+
+Unlike `linear-probe`, whose features are extracted once, these recipes augment the images, so the
+encoder sees every image of every step: 640,000 with `BnProbe()`, 25 times the set with
+`PlainProbe()`. The head works at each level's own resolution; its scores are read bilinearly at the
+mask's pixels, summed over levels, image by image: for a 1x1 convolution that is the same function
+as on the upsampled, concatenated features, and little memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ssl_flow.data.segmentation import IGNORE, SegmentationSet
+from ssl_flow.evaluation.linear_probe_bn import BnProbe
+from ssl_flow.evaluation.linear_probe_plain import PlainProbe
+from ssl_flow.evaluation.outcome import Outcome
+from ssl_flow.evaluation.patch_features import (
+    check_classes,
+    checked_levels,
+    evaluating,
+    resize_map,
+    shrink_mask,
+)
+from ssl_flow.evaluation.pixel_features import check_features
+from ssl_flow.evaluation.segmentation_scores import SegmentationScores
+from ssl_flow.models.encoder import Encoder, device_of
+
+
+def run_segmentation_head(
+    encoder: Encoder,
+    train_set: SegmentationSet,
+    test_set: SegmentationSet,
+    protocol: BnProbe | PlainProbe | None = None,
+    seed: int = 0,
+    examples: int = 6,
+    progress: bool = True,
+) -> Outcome:
+    """Train the protocol's head on one split, score it on another; the encoder stays as it is.
+
+    Args:
+        encoder: any with `features`, `channels`, `strides`, `normalize`.
+        train_set: labelled images for the head.
+        test_set: labelled images to score; the same classes.
+        protocol: `BnProbe()` by default.
+        seed: of the head's first weights, its dropout, the batches and the augmentation.
+        examples: test images kept in the outcome.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: unknown features, different classes, features that are not finite or do not
+            fit their stride (names the image).
+    """
+    protocol = protocol or BnProbe()
+    check_features(encoder, protocol.features)
+    check_classes(train_set, test_set)
+    scores = SegmentationScores(test_set, examples)
+    with evaluating(encoder), torch.random.fork_rng():
+        torch.manual_seed(seed)  # the head's weights and dropout draw from the global generator
+        head, losses = _train(encoder, train_set, protocol, seed, progress)
+        head.eval()
+        with torch.inference_mode():
+            for item in tqdm(test_set, "test", disable=not progress, leave=False):
+
+                def classify(
+                    image: np.ndarray, size: tuple[int, int], name: str = item.name
+                ) -> Tensor:
+                    levels, strides = _encode(encoder, [image], protocol, [name])
+                    return _read(head(levels), strides, protocol.input_size, size)
+
+                prediction, mask = protocol.predict(classify, item)
+                scores.add(item, prediction.byte().cpu().numpy(), mask)
+    last = float(np.mean(losses[-100:]))
+    return scores.outcome(seed=seed, steps=len(losses), train_loss=last)
+
+
+class LevelHead(nn.Module):
+    """One 1x1 convolution on several levels: each meets its own columns of the weight."""
+
+    def __init__(self, protocol: BnProbe | PlainProbe, channels: list[int], classes: int) -> None:
+        """`channels` of the levels."""
+        super().__init__()
+        self.channels = channels
+        self.convolution = protocol.head(sum(channels), classes)
+        self.before = nn.ModuleList(protocol.before(c) for c in channels)
+
+    def forward(self, levels: list[Tensor]) -> list[Tensor]:
+        """(B, C_i, h_i, w_i) -> (B, K, h_i, w_i); their sum at a pixel is its scores."""
+        weights = self.convolution.weight.split(self.channels, dim=1)
+        biases = [self.convolution.bias, *[None] * len(levels)]
+        parts = zip(self.before, levels, weights, biases, strict=False)
+        return [F.conv2d(before(level), weight, bias) for before, level, weight, bias in parts]
+
+
+def _read(scores: list[Tensor], strides: list[int], side: int, size: tuple[int, int]) -> Tensor:
+    """Sum of the levels' scores of a (side, side) image at (H', W') pixels: (B, K, H', W')."""
+    read = [
+        resize_map(s, stride, (side, side), size) for s, stride in zip(scores, strides, strict=True)
+    ]
+    return torch.stack(read).sum(0) if len(read) > 1 else read[0]
+
+
+def _train(
+    encoder: Encoder,
+    dataset: SegmentationSet,
+    protocol: BnProbe | PlainProbe,
+    seed: int,
+    progress: bool,
+) -> tuple[LevelHead, list[float]]:
+    """The head, and the loss of every step."""
+    steps, losses = protocol.total_steps(len(dataset)), []
+    head, optimizer = None, None
+    examples = _examples(dataset, protocol, steps, np.random.default_rng(seed))
+    bar = tqdm(examples, "train", steps, disable=not progress, leave=False)
+    for step, (images, masks, names) in enumerate(bar):
+        levels, strides = _encode(encoder, images, protocol, names)
+        if head is None or optimizer is None:  # the first maps tell the numbers of channels
+            channels = [level.shape[1] for level in levels]
+            head = LevelHead(protocol, channels, len(dataset.classes)).to(levels[0].device).train()
+            optimizer = protocol.optimizer(head)
+        scores = head(levels)
+        # At the masks' resolution one image at a time; the head's own graph is walked once.
+        leaves = [score.detach().requires_grad_() for score in scores]
+        targets = torch.from_numpy(np.stack(masks)).to(scores[0].device).long()
+        counted = targets.numel() if protocol.ignored_count else int((targets != IGNORE).sum())
+        loss = torch.zeros((), device=targets.device)
+        for i, target in enumerate(targets.split(1)):
+            own = [leaf[i : i + 1] for leaf in leaves]
+            logits = _read(own, strides, protocol.input_size, (len(masks[i]), len(masks[i])))
+            part = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
+            part = part / max(1, counted)
+            part.backward()
+            loss += part.detach()
+        for group in optimizer.param_groups:
+            group["lr"] = protocol.learning_rate(step, len(dataset))
+        optimizer.zero_grad()
+        torch.autograd.backward(scores, [leaf.grad for leaf in leaves])
+        optimizer.step()
+        losses.append(float(loss))
+    assert head is not None  # there is at least one step
+    return head, losses
+
+
+@torch.no_grad()
+def _encode(
+    encoder: Encoder, images: list[np.ndarray], protocol: BnProbe | PlainProbe, names: list[str]
+) -> tuple[list[Tensor], list[int]]:
+    """Levels (B, C_i, h_i, w_i) of images, padded with 0 to input_size once normalised; strides."""
+    device = device_of(encoder)
+    parts, strides, size = [], [0], protocol.forward_images
+    for start in range(0, len(images), size):
+        padded = []
+        for image in images[start : start + size]:
+            pixels = torch.from_numpy(image.copy()).to(device)[None]
+            missing = [protocol.input_size - side for side in image.shape[1::-1]]
+            padded.append(F.pad(encoder.normalize(pixels), (0, missing[0], 0, missing[1])))
+        batch = torch.cat(padded).contiguous(memory_format=torch.channels_last)
+        levels, strides = checked_levels(
+            encoder, batch, protocol.features, names[start : start + size]
+        )
+        parts.append(levels)
+    return [torch.cat(level) for level in zip(*parts, strict=True)], strides
+
+
+Examples = tuple[list[np.ndarray], list[np.ndarray], list[str]]
+
+
+def _examples(
+    dataset: SegmentationSet, protocol: BnProbe | PlainProbe, steps: int, rng: np.random.Generator
+) -> Iterator[Examples]:
+    """Augmented images, masks at target_size, names of a batch; the next one is read meanwhile."""
+
+    def read(index: int, seed: int) -> tuple[np.ndarray, np.ndarray, str]:
+        item = dataset[index]
+        own = np.random.default_rng(seed)  # the threads' order has no influence
+        image, mask = protocol.augment(item.image, item.mask, own)
+        return image, shrink_mask(mask, protocol.target_size), item.name
+
+    def submit(batch: np.ndarray) -> list[Future]:
+        seeds = rng.integers(0, 2**63, len(batch))
+        return [pool.submit(read, int(i), int(s)) for i, s in zip(batch, seeds, strict=True)]
+
+    batches = _batches(len(dataset), protocol.batch_images, rng)
+    with ThreadPoolExecutor() as pool:
+        coming = submit(next(batches))
+        for step in range(steps):
+            ready, coming = coming, submit(next(batches)) if step + 1 < steps else []
+            images, masks, names = zip(*(future.result() for future in ready), strict=True)
+            yield list(images), list(masks), list(names)
+
+
+def _batches(count: int, size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Without end: batches of a random order; an epoch's incomplete last one is left out."""
+    size = min(size, count)
+    while True:
+        order = rng.permutation(count)
+        for start in range(0, count - size + 1, size):
+            yield order[start : start + size]

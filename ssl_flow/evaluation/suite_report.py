@@ -1,0 +1,159 @@
+"""What a suite writes: results.json, results.csv, results.md, report.html."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+import timm
+import torch
+from jinja2 import Environment
+from markupsafe import Markup
+
+import ssl_flow
+from ssl_flow.evaluation import suite_tables as text
+from ssl_flow.evaluation.outcome import Outcome
+from ssl_flow.evaluation.pictures import palette
+from ssl_flow.evaluation.protocols import Data
+from ssl_flow.evaluation.suite import Cell, Options
+from ssl_flow.evaluation.suite_page import PAGE
+from ssl_flow.evaluation.suite_pictures import feature_strips, hardest, predictions, short
+from ssl_flow.flow.shard import write_atomically
+from ssl_flow.models import pick_device
+
+# Okabe & Ito, told apart with any colour vision.
+_COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888"]
+
+
+def write_results(
+    cells: Sequence[Cell], options: Options, command: str
+) -> tuple[dict[str, Any], str]:
+    """Write the four files into the output folder; results.json and the Markdown as returned."""
+    tables = text.tables(cells)
+    results = {
+        "command": command,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {
+            "ssl_flow": ssl_flow.__version__,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "python": platform.python_version(),
+            "device": str(pick_device(options.device)),
+        },
+        "tables": tables,
+    }
+    markdown = text.as_markdown(tables)
+    page = _page(cells, options, results)
+    for name, content in {
+        "results.json": json.dumps(results, indent=2) + "\n",
+        "results.csv": text.as_csv(tables),
+        "results.md": markdown + "\n",
+        "report.html": page,
+    }.items():
+        write_atomically(options.out / name, content.encode(errors="replace"))
+    return results, markdown
+
+
+def _page(cells: Sequence[Cell], options: Options, results: dict[str, Any]) -> str:
+    tables = results["tables"]
+    labels = list(dict.fromkeys(cell.label for cell in cells))
+    groups: dict[tuple[Data, str], dict[str, Cell]] = {}
+    sets: dict[str, Data] = {}
+    for cell in cells:  # the first run of each encoder is the one that is shown
+        groups.setdefault((cell.data, cell.settings.name), {}).setdefault(cell.label, cell)
+        sets.setdefault(cell.data.spec, cell.data)
+    parts = [
+        _section(table, data, {k: c.outcome for k, c in firsts.items() if c.outcome})
+        for table, ((data, _), firsts) in zip(tables, groups.items(), strict=True)
+    ]
+    return Environment(autoescape=True, trim_blocks=True).from_string(PAGE).render(
+        title=f"Transfer of {len(labels)} frozen encoder{'s' * (len(labels) > 1)}",
+        summary=_summary(tables, labels),
+        note=text.NOTE,
+        failures=[f"{c.data.name}, {c.settings.name}, {c.label} ({c.spec}, seed {c.seed}): "
+                  f"{c.error}" for c in cells if c.error],
+        tables=parts,
+        pictures=[feature_strips(data, cells, options) for data in sets.values()],
+        command=results["command"],
+        date=results["date"],
+        versions=", ".join(f"{k} {v}" for k, v in results["versions"].items()),
+        encoders=(["encoder", "weights from", "seed", "SHA-256"], _unique(
+            [c.label, c.spec, str(c.seed), c.about["encoder"][:16]] for c in cells)),
+        data_sets=(["data", "as", "from", "SHA-256"], _unique(
+            [c.data.name, c.data.kind, c.data.spec, c.data.digest[:16]] for c in cells)),
+    )  # fmt: skip
+
+
+def _unique(rows: Any) -> list[list[str]]:  # noqa: ANN401 (an iterable of rows)
+    return [list(row) for row in dict.fromkeys(tuple(row) for row in rows)]
+
+
+def _summary(tables: Sequence[dict[str, Any]], labels: Sequence[str]) -> tuple[list[str], Any]:
+    """Heads and rows: one row a table, its headline score for every encoder."""
+    lines = []
+    for table in tables:
+        found = {row["encoder"]: row for row in table["rows"] if row["scores"]}
+        line = [table["data"], table["protocol"]["name"], text.pretty(table["headline"])]
+        for label in labels:
+            row, shown = found.get(label), "-"
+            if row:
+                score = row["scores"][table["headline"]] | {"std": None}
+                shown = _marked(text.number(score), row["best"])
+            line.append(shown)
+        lines.append(line)
+    return ["data", "protocol", "score", *labels], lines
+
+
+def _section(table: dict[str, Any], data: Data, outcomes: dict[str, Outcome]) -> dict[str, Any]:
+    heads, rows = text.cells_of(table)
+    classes = list(next(iter(outcomes.values())).per_class) if outcomes else []
+    return {
+        "title": f"{table['data']}: {table['protocol']['name']}",
+        "heads": heads,
+        "rows": [[row[0], _marked(row[1], marked["best"]), *row[2:]]
+                 for row, marked in zip(rows, table["rows"], strict=True)],
+        "verdict": text.verdict(table),
+        "settings": text.settings_text(table),
+        "split": text.split_text(table),
+        "bars": _bars(table),
+        "per_class": (
+            ["class", *(row["encoder"] for row in table["rows"])],
+            [[name] + [short(row["per_class"].get(name)) for row in table["rows"]]
+             for name in classes],
+        ) if classes else None,
+        "strips": predictions(data, outcomes),
+        "legend": [(name, "rgb({}, {}, {})".format(*color)) for name, color in
+                   zip(classes, palette(len(classes)), strict=False)] if len(classes) <= 40 else [],
+        "hardest": hardest(table, data, outcomes),
+    }  # fmt: skip
+
+
+def _bars(table: dict[str, Any]) -> dict[str, Any]:
+    """Places of everything in the bar plot, in its pixels."""
+    scored = [(i, r["encoder"], r["scores"][table["headline"]])
+              for i, r in enumerate(table["rows"]) if r["scores"]]  # fmt: skip
+    top = max((max(s["high"] or 0, *s["seeds"], 1e-9) for _, _, s in scored), default=1.0)
+    step = next(s for s in (f * 10.0**e for e in range(-9, 9) for f in (1, 2, 5)) if top / s <= 6)
+    left, width = 230, 760
+
+    def x(value: float) -> float:
+        return round(left + max(value, 0) / top * (width - left - 30), 1)
+
+    rows = [
+        {"label": label, "y": 20 + 26 * n, "length": x(s["value"]) - left,
+         "color": _COLORS[i % len(_COLORS)], "low": None if s["low"] is None else x(s["low"]),
+         "high": x(s["high"] or 0),
+         "seeds": [x(v) for v in s["seeds"]] if len(s["seeds"]) > 1 else []}
+        for n, (i, label, s) in enumerate(scored)
+    ]  # fmt: skip
+    ticks = [{"x": x(k * step), "text": f"{k * step:g}"} for k in range(int(top / step) + 1)]
+    bottom = 12 + 26 * len(rows)
+    return {"rows": rows, "ticks": ticks, "left": left, "width": width, "bottom": bottom,
+            "height": bottom + 36, "name": text.pretty(table["headline"])}  # fmt: skip
+
+
+def _marked(cell: str, best: bool) -> str:
+    return Markup("<b>{}</b>").format(cell) if best else cell

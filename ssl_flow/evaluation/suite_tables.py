@@ -1,0 +1,214 @@
+"""Tables of a suite: one for each set and protocol, as JSON, CSV and Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ssl_flow.evaluation.intervals import Interval, better, interval_of_outcomes
+from ssl_flow.evaluation.outcome import Outcome, mean_per_class
+from ssl_flow.evaluation.protocols import Data, describe
+from ssl_flow.evaluation.suite import Cell
+
+NOTE = (
+    "Brackets: 95 % bootstrap interval over the test images (or sequences, objects, pairs, as said "
+    "below a table), which are taken as independent; where they are frames of one video, or few, "
+    "it is too narrow. ±: standard deviation over runs. Bold: the best value. One encoder is "
+    "called better than another only where neither their intervals nor their runs overlap."
+)
+
+
+def tables(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """One table for each set and protocol, in the order of the cells; JSON values only."""
+    groups: dict[tuple[Data, str], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.data, cell.settings.name), []).append(cell)
+    return [_table(data, part) for (data, _), part in groups.items()]
+
+
+def _table(data: Data, cells: list[Cell]) -> dict[str, Any]:
+    rows, headlines, units, headline = [], {}, 0, ""
+    for label in dict.fromkeys(cell.label for cell in cells):
+        mine = [cell for cell in cells if cell.label == label]
+        outcomes = [by_unit(cell.outcome, data) for cell in mine if cell.outcome is not None]
+        row: dict[str, Any] = {
+            "encoder": label,
+            "runs": [
+                {"spec": c.spec, "seed": c.seed, "sha256": c.about["encoder"], "cell": c.path.name,
+                 "error": c.error, "details": c.outcome.details if c.outcome else {}}
+                for c in mine
+            ],
+            "scores": {},
+            "per_class": mean_per_class(outcomes) if outcomes else {},
+            "best": False,
+            "better_than": [],
+        }  # fmt: skip
+        rows.append(row)
+        if outcomes:
+            found = {name: _interval(outcomes, name) for name in outcomes[0].scores}
+            headline = next(iter(found))
+            headlines[label], units = found[headline], len(outcomes[0].items)
+            row["scores"] = {name: _as_dict(interval) for name, interval in found.items()}
+    larger = not smaller_is_better(headline)
+    for row in (row for row in rows if row["encoder"] in headlines):
+        others = dict(headlines)
+        own = others.pop(row["encoder"])
+        row["best"] = all(
+            own.value >= o.value if larger else own.value <= o.value for o in others.values()
+        )
+        row["better_than"] = [k for k, other in others.items() if better(own, other, larger)]
+    return {
+        "data": data.name,
+        "spec": data.spec,
+        "data_sha256": data.digest,
+        "about": data.about,
+        "protocol": describe(cells[0].settings),
+        "headline": headline,
+        "unit": data.unit,
+        "units": units,
+        "rows": rows,
+    }
+
+
+def by_unit(outcome: Outcome, data: Data) -> Outcome:
+    """The outcome with the confusion matrices of dependent images (of a sequence) summed."""
+    if outcome.counts is None or data.unit != "sequences":
+        return outcome
+    names = [data.unit_of(item) for item in outcome.items]
+    units = list(dict.fromkeys(names))
+    counts = np.zeros((len(units), *outcome.counts.shape[1:]), outcome.counts.dtype)
+    np.add.at(counts, [units.index(name) for name in names], outcome.counts)
+    return replace(outcome, counts=counts, items=units)
+
+
+def smaller_is_better(score: str) -> bool:
+    """Whether a score is an error."""
+    return "error" in score or "decay" in score
+
+
+def _interval(outcomes: Sequence[Outcome], score: str) -> Interval:
+    seeds = tuple(outcome.scores[score] for outcome in outcomes)
+    try:
+        found = interval_of_outcomes(outcomes, score)
+    except ValueError:  # no values of single images: the seeds alone tell
+        found = Interval(math.nan, math.nan, math.nan, seeds)
+    # A protocol's own mean (of several k-means runs) counts, where counts are of one of them.
+    return replace(found, value=float(np.mean(seeds)), seeds=seeds)
+
+
+def _as_dict(interval: Interval) -> dict[str, Any]:
+    low, high = (None if math.isnan(x) else x for x in (interval.low, interval.high))
+    return {"value": interval.value, "low": low, "high": high, "std": interval.spread,
+            "seeds": list(interval.seeds)}  # fmt: skip
+
+
+def as_csv(found: Sequence[dict[str, Any]]) -> str:
+    """One line for each set, protocol, encoder and score; the classes' scores are `class NAME`."""
+    file = io.StringIO()
+    columns = ["data", "protocol", "version", "encoder", "score", "value", "low", "high", "std",
+               "runs", "failed", "best", "better_than"]  # fmt: skip
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer.writeheader()
+    for table in found:
+        for row in table["rows"]:
+            line = {
+                "data": table["data"],
+                "protocol": table["protocol"]["name"],
+                "version": table["protocol"]["version"],
+                "encoder": row["encoder"],
+                "runs": len(row["runs"]),
+                "failed": sum(bool(run["error"]) for run in row["runs"]),
+            }
+            marks = {"best": int(row["best"]), "better_than": "; ".join(row["better_than"])}
+            for name, score in row["scores"].items():
+                numbers = {key: score[key] for key in ("value", "low", "high", "std")}
+                mark = marks if name == table["headline"] else {}
+                writer.writerow(line | {"score": name} | numbers | mark)
+            for name, value in row["per_class"].items():
+                writer.writerow(line | {"score": f"class {name}", "value": value})
+            if not row["scores"]:
+                writer.writerow(line | {"score": table["headline"]})
+    return file.getvalue()
+
+
+def as_markdown(found: Sequence[dict[str, Any]]) -> str:
+    """A table for each set and protocol, with the protocol below it."""
+    lines: list[str] = []
+    for table in found:
+        heads, rows = cells_of(table)
+        lines += [f"### {table['data']}: {table['protocol']['name']}", ""]
+        lines += ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+        for row, marked in zip(rows, table["rows"], strict=True):
+            shown = [row[0], f"**{row[1]}**" if marked["best"] else row[1], *row[2:]]
+            lines.append("| " + " | ".join(text.replace("|", "\\|") for text in shown) + " |")
+        lines += ["", verdict(table), "", f"Protocol: {settings_text(table)}. {split_text(table)}"]
+        lines.append("")
+    return "\n".join([*lines, NOTE])
+
+
+def cells_of(table: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells of a table: encoder, scores, and the classes where there are but two."""
+    names = list(next((row["scores"] for row in table["rows"] if row["scores"]), {}))
+    classes = next((list(row["per_class"]) for row in table["rows"] if row["per_class"]), [])
+    classes = classes if len(classes) <= 2 else []
+    heads = ["encoder", *map(pretty, names or [table["headline"]]), *classes, "runs"]
+    rows = []
+    for row in table["rows"]:
+        shown = [number(row["scores"][name]) if row["scores"] else "-" for name in names]
+        shown += [_plain(row["per_class"].get(name)) for name in classes]
+        errors = [run["error"] for run in row["runs"] if run["error"]]
+        runs = str(len(row["runs"]))
+        if errors:
+            runs = f"{len(errors)} of {runs} failed: {errors[0]}"
+        rows.append([row["encoder"], *(shown or ["-"]), runs])
+    return heads, rows
+
+
+def pretty(score: str) -> str:
+    """The name of a score for people."""
+    return score.replace("miou", "mIoU").replace("_", " ")
+
+
+def number(score: dict[str, Any]) -> str:
+    """A score with its interval and its spread, as far as it has them."""
+    text = f"{score['value']:.3f}"
+    if score["low"] is not None:
+        text += f" [{score['low']:.3f}, {score['high']:.3f}]"
+    return text if score["std"] is None else f"{text} ± {score['std']:.3f}"
+
+
+def verdict(table: dict[str, Any]) -> str:
+    """Which encoder is better than which, in a sentence."""
+    said = [f"{row['encoder']} is better than {', '.join(row['better_than'])}"
+            for row in table["rows"] if row["better_than"]]  # fmt: skip
+    if len([row for row in table["rows"] if row["scores"]]) < 2:
+        return ""
+    return f"By {pretty(table['headline'])}: {'; '.join(said) or 'no encoder is better'}."
+
+
+def settings_text(table: dict[str, Any]) -> str:
+    """The protocol's name, version and settings in a line."""
+    protocol = dict(table["protocol"])
+    name, version = protocol.pop("name"), protocol.pop("version")
+    return f"{name} version {version}; " + ", ".join(f"{k} {v}" for k, v in protocol.items())
+
+
+def split_text(table: dict[str, Any]) -> str:
+    """Which images, by which rule."""
+    parts = []
+    for key in ("train", "test"):
+        if split := table["about"].get(key):
+            count = next((f"{split[k]} {k}, " for k in ("images", "frames") if k in split), "")
+            parts.append(f"{key}: {count}{split.get('rule', '')}")
+    over = f"Intervals over {table['units']} {table['unit']}."
+    return f"Data: {table['spec']}; {'; '.join(parts)}. {over}"
+
+
+def _plain(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
