@@ -23,6 +23,11 @@ _COMMANDS = {
         "linear_probe_command",
         "encoders and labelled images -> a table of mIoU",
     ),
+    "loc2vec rasterize": (
+        "ssl_flow.data.osm_command",
+        "rasterize_command",
+        "an OpenStreetMap extract -> layers to cut tiles from",
+    ),
 }
 
 

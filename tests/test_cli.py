@@ -24,7 +24,16 @@ def test_unknown_command_is_told_with_the_known_ones(capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["flow", "merge-flow", "show flow", "show run", "train", "eval linear-probe"]
+    "command",
+    [
+        "flow",
+        "merge-flow",
+        "show flow",
+        "show run",
+        "train",
+        "eval linear-probe",
+        "loc2vec rasterize",
+    ],
 )
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
