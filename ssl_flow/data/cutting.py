@@ -59,7 +59,8 @@ def sample(raster: Raster, matrix: np.ndarray, side: int, labels: bool = False) 
         coarse = math.ceil(coarse / reduce)
     fine = matrix / (coarse, coarse, 1)
     fine[:, 2] += matrix[:, :2] @ np.full(2, 0.5 / coarse - 0.5)
-    flags = cv2.INTER_LINEAR if raster.colour and not labels else cv2.INTER_NEAREST
+    linear = not labels and (raster.colour or coarse > 1 or reduce > 1)
+    flags = cv2.INTER_LINEAR if linear else cv2.INTER_NEAREST
     tile = cv2.warpAffine(
         window, fine, (side * coarse, side * coarse), flags=flags | cv2.WARP_INVERSE_MAP
     )

@@ -60,6 +60,7 @@ def rasterize(
         grid, (width, height) = _extent(osmium, extract, zoom, box)
     except RuntimeError as error:
         raise ValueError(f"{extract} cannot be read as an extract ({error})") from error
+    widths = _widths(grid, (width, height))
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -67,10 +68,10 @@ def rasterize(
         spool = Spool(partial / "spool", (width, height))
         try:
             for shape in _shapes(osmium, extract, grid, admin_level, node_index):
-                spool.add(shape, _reach(shape.style, grid, (width, height)))
+                spool.add(shape, math.ceil(widths[shape.style]))
         except RuntimeError as error:
             raise ValueError(f"{extract} cannot be read as an extract ({error})") from error
-        counts = _draw_blocks(spool, partial, grid, (width, height))
+        counts = _draw_blocks(spool, partial, widths, (width, height))
         if not any(counts[name] for name in CHANNELS):
             raise ValueError(
                 f"{extract} has nothing to draw in its box: is it the right region, and are its "
@@ -96,7 +97,6 @@ def _extent(
     if box is None:
         found = osmium.FileProcessor(str(extract), osmium.osm.NODE).header.box()
         if not found.valid():  # not stated: then that of all nodes
-            found = osmium.osm.Box()
             for node in osmium.FileProcessor(str(extract), osmium.osm.NODE):
                 found.extend(node.location)
         if not found.valid():
@@ -168,19 +168,17 @@ def _points(grid: WebMercator, places: list[Any]) -> np.ndarray:
     return points
 
 
-def _reach(style: int, grid: WebMercator, size: tuple[int, int]) -> int:
-    """Whole pixels that a line or dot is wide, at the map's middle; 0 = filled."""
-    if style == INSIDE or STYLES[style].draw == "fill":
-        return 0
-    middle = np.array(size) / 2
-    return max(1, round(STYLES[style].metres / float(metres_per_pixel(grid, middle)[1])))
+def _widths(grid: WebMercator, size: tuple[int, int]) -> list[float]:
+    """Pixels that lines and dots of each style are wide, at the map's middle; 0 = filled."""
+    metres = float(metres_per_pixel(grid, np.array(size) / 2)[1])
+    widths = [0 if style.draw == "fill" else max(1, style.metres / metres) for style in STYLES]
+    return [*widths, 0]
 
 
 def _draw_blocks(
-    spool: Spool, out: Path, grid: WebMercator, size: tuple[int, int]
+    spool: Spool, out: Path, widths: list[float], size: tuple[int, int]
 ) -> dict[str, int]:
     """Write the files of all blocks that are not empty; how many pixels each layer has."""
-    thickness = [_reach(style, grid, size) for style in range(len(STYLES) + 1)]
     folders = {name: out / "layers" / name for name in CHANNELS}
     folders |= {name: out / name for name in ("landcover", "inside")}
     for name, folder in folders.items():
@@ -191,7 +189,7 @@ def _draw_blocks(
     for row, col in tqdm(blocks, unit=" blocks", disable=None):
         x, y = col * BLOCK, row * BLOCK
         shape = (min(BLOCK, size[1] - y), min(BLOCK, size[0] - x))
-        planes = draw(spool.shapes(row, col), (x, y), shape, thickness)
+        planes = draw(spool.shapes(row, col), (x, y), shape, widths)
         for name, plane in planes.items():
             filled = int(np.count_nonzero(plane))
             counts[name] += filled

@@ -12,9 +12,11 @@ import numpy as np
 from ssl_flow.data.osm_style import CHANNELS, LANDCOVER, ON_TOP, STYLES
 
 BLOCK = 1024  # pixels a side of the files that a layer is written in
-SHIFT = 4  # coordinates are drawn in 1/16 pixel
+SHIFT = 4  # coordinates are kept in 1/16 pixel
 INSIDE = len(STYLES)  # drawn like a style: the area of the country
 _HELD_BYTES = 64 << 20
+_FINE = 4  # pixels of the grid that is drawn on, along a pixel of the map
+_MARGIN = 8  # pixels around a block, so that edges are not cut where it ends
 
 
 @dataclass(frozen=True)
@@ -74,27 +76,58 @@ class Spool:
 
 
 def draw(
-    shapes: list[Shape], corner: tuple[int, int], size: tuple[int, int], thickness: list[int]
+    shapes: list[Shape], corner: tuple[int, int], size: tuple[int, int], widths: list[float]
 ) -> dict[str, np.ndarray]:
-    """The layers, land cover and inside of a block: (H, W) uint8 each, layers 0 or 255."""
-    planes = {name: np.zeros(size, np.uint8) for name in (*CHANNELS, "landcover", "inside")}
-    offset = np.array(corner, np.int32) << SHIFT
-    for shape in sorted(shapes, key=_order):  # a stable sort
-        style = None if shape.style == INSIDE else STYLES[shape.style]
-        targets = [(planes["inside" if style is None else style.channel], 255)]
-        if style is not None and style.landcover is not None:
-            targets.append((planes["landcover"], LANDCOVER.index(style.landcover)))
-        rings = [ring - offset for ring in shape.rings]
-        width = thickness[shape.style]
-        for plane, value in targets:
-            if style is None or style.draw == "fill":
-                cv2.fillPoly(plane, rings, value, shift=SHIFT)
-            elif style.draw == "line":
-                cv2.polylines(plane, rings, False, value, width, shift=SHIFT)
-            else:
-                centre = (int(rings[0][0, 0]), int(rings[0][0, 1]))
-                cv2.circle(plane, centre, width << SHIFT >> 1, value, -1, shift=SHIFT)
+    """The layers, land cover and inside of a block: (H, W) uint8 each, layers 0 or 255.
+
+    A pixel is drawn where its centre is in the shape. OpenCV draws all pixels that a shape's edge
+    touches and rounds widths up, so that a house of 3 pixels became 4: drawn on a finer grid, of
+    which the pixels' centres are kept, what is too much is an eighth of a pixel.
+
+    Args:
+        shapes: what touches the block.
+        corner: x and y of the block's first pixel.
+        size: height and width.
+        widths: pixels that the lines and dots of each style are wide.
+    """
+    canvas = np.zeros([(n + 2 * _MARGIN) * _FINE for n in size], np.uint8)
+    kept = tuple(slice(_MARGIN * _FINE + _FINE // 2, (_MARGIN + n) * _FINE, _FINE) for n in size)
+    offset = ((np.array(corner) - _MARGIN) << SHIFT) - (1 << SHIFT >> 1)
+    planes = {}
+    for name in (*CHANNELS, "landcover", "inside"):
+        canvas[:] = 0
+        for shape in sorted(shapes, key=_order) if name == "landcover" else shapes:
+            value = _value(name, shape)
+            if value:
+                rings = [ring - offset.astype(np.int32) for ring in shape.rings]
+                _draw(canvas, shape, rings, value, widths[shape.style] * _FINE)
+        planes[name] = canvas[kept].copy()
     return planes
+
+
+def _value(name: str, shape: Shape) -> int:
+    """What the shape is drawn with in this plane; 0 = not at all."""
+    if shape.style == INSIDE:
+        return 255 * (name == "inside")
+    style = STYLES[shape.style]
+    if name == "landcover":
+        return 0 if style.landcover is None else LANDCOVER.index(style.landcover)
+    return 255 * (name == style.channel)
+
+
+def _draw(
+    canvas: np.ndarray, shape: Shape, rings: list[np.ndarray], value: int, width: float
+) -> None:
+    """Draw on the fine grid, on which the rings' 1/16 pixels are 1/4."""
+    shift = SHIFT - _FINE.bit_length() + 1
+    kind = "fill" if shape.style == INSIDE else STYLES[shape.style].draw
+    if kind == "fill":
+        cv2.fillPoly(canvas, rings, value, shift=shift)
+    elif kind == "line":  # OpenCV draws an even thickness one pixel wider
+        cv2.polylines(canvas, rings, False, value, 2 * round((width - 1) / 2), shift=shift)
+    else:
+        x, y = rings[0][0].tolist()
+        cv2.circle(canvas, (x, y), round((width - 1) / 2 * (1 << shift)), value, -1, shift=shift)
 
 
 def _order(shape: Shape) -> tuple[int, int]:
