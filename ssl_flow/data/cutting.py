@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -34,8 +35,10 @@ def tile_matrix(
     return np.column_stack([turn, origin])
 
 
-def sample(raster: Raster, matrix: np.ndarray, side: int, labels: bool = False) -> np.ndarray:
-    """(side, side, bands) uint8 at the places that `matrix` (see `tile_matrix`) says.
+def sample(
+    rasters: Sequence[Raster], matrix: np.ndarray, side: int, labels: bool = False
+) -> np.ndarray:
+    """(side, side, bands of all rasters) uint8 at the places that `matrix` (`tile_matrix`) says.
 
     Pictures bilinear, layers and labels nearest. Where the tile is coarser than the map, the mean
     over each of its pixels (layers become shares of area); labels stay nearest. 0 outside.
@@ -44,29 +47,30 @@ def sample(raster: Raster, matrix: np.ndarray, side: int, labels: bool = False) 
     corners = matrix @ np.array([[-1, -1, side, side], [-1, side, -1, side], [1, 1, 1, 1]])
     x0, y0 = (np.floor(corners.min(1)).astype(int) - 1).tolist()
     x1, y1 = (np.ceil(corners.max(1)).astype(int) + 2).tolist()
-    reduce = max(1, 2 * coarse // _FEW) if coarse > _FEW else 1
-    x1, y1 = x0 + -(-(x1 - x0) // reduce) * reduce, y0 + -(-(y1 - y0) // reduce) * reduce
-    window = raster.read(x0, y0, x1, y1)
-    matrix = matrix - [[0, 0, x0], [0, 0, y0]]
     if coarse == 1 and np.array_equal(matrix[:, :2], np.eye(2)) and not (matrix[:, 2] % 1).any():
-        left, top = matrix[:, 2].astype(int)
-        return window[top : top + side, left : left + side].copy()
-    if reduce > 1:
-        size = ((x1 - x0) // reduce, (y1 - y0) // reduce)
-        window = cv2.resize(window, size, interpolation=cv2.INTER_AREA)
-        matrix = matrix / reduce
-        matrix[:, 2] += 0.5 / reduce - 0.5
-        coarse = math.ceil(coarse / reduce)
+        left, top = matrix[:, 2].astype(int).tolist()
+        tiles = [raster.read(left, top, left + side, top + side) for raster in rasters]
+        return np.concatenate(tiles, -1)
+    reduce = 2 * coarse // _FEW if coarse > _FEW else 1
+    x1, y1 = x0 + -(-(x1 - x0) // reduce) * reduce, y0 + -(-(y1 - y0) // reduce) * reduce
+    matrix = (matrix - [[0, 0, x0], [0, 0, y0]]) / reduce
+    matrix[:, 2] += 0.5 / reduce - 0.5
+    coarse = math.ceil(coarse / reduce)
     fine = matrix / (coarse, coarse, 1)
     fine[:, 2] += matrix[:, :2] @ np.full(2, 0.5 / coarse - 0.5)
-    linear = not labels and (raster.colour or coarse > 1 or reduce > 1)
-    flags = cv2.INTER_LINEAR if linear else cv2.INTER_NEAREST
-    tile = cv2.warpAffine(
-        window, fine, (side * coarse, side * coarse), flags=flags | cv2.WARP_INVERSE_MAP
-    )
-    if coarse > 1:
-        tile = cv2.resize(tile, (side, side), interpolation=cv2.INTER_AREA)
-    return tile.reshape(side, side, -1)
+    tiles = []
+    for raster in rasters:
+        window = raster.read(x0, y0, x1, y1)
+        if reduce > 1:
+            size = ((x1 - x0) // reduce, (y1 - y0) // reduce)
+            window = cv2.resize(window, size, interpolation=cv2.INTER_AREA)
+        linear = not labels and (raster.colour or coarse > 1 or reduce > 1)
+        flags = (cv2.INTER_LINEAR if linear else cv2.INTER_NEAREST) | cv2.WARP_INVERSE_MAP
+        tile = cv2.warpAffine(window, fine, (side * coarse, side * coarse), flags=flags)
+        if coarse > 1:
+            tile = cv2.resize(tile, (side, side), interpolation=cv2.INTER_AREA)
+        tiles.append(tile.reshape(side, side, -1))
+    return np.concatenate(tiles, -1)
 
 
 def content(tiles: np.ndarray, colour: bool) -> np.ndarray:

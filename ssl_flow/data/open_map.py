@@ -91,13 +91,21 @@ def _raster(
     folder: Path, name: str, meta: Mapping[str, Any], values: Mapping[str, str] | None = None
 ) -> Mosaic:
     """The layer, picture or label raster of that name, wherever in the folder it is."""
-    names = None if values is None else {int(value): text for value, text in values.items()}
+    try:
+        names = None if values is None else {int(value): text for value, text in values.items()}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{folder / 'meta.json'}: the labels {name} should be an object of whole numbers and "
+            f"names ({error})"
+        ) from error
     layer = values is None and name in [*meta.get("layers", []), "inside"]
     places = [folder / "layers", folder] if layer else [folder]
     if "block" in meta and (layer or names is not None):
         block = int(meta["block"])
         for place in places:
             if (place / name).is_dir():
+                if "width" not in meta or "height" not in meta:
+                    raise ValueError(f"{folder / 'meta.json'}: blocks need width and height")
                 size = (int(meta["width"]), int(meta["height"]))
                 template = "{row}_{col}.png"
                 return Mosaic(name, place / name, template, size, (block, block), names=names)

@@ -21,7 +21,7 @@ from ssl_flow.data.cutting import content, sample, tile_matrix
 from ssl_flow.data.georeference import Georeference, metres_per_pixel
 from ssl_flow.data.mosaic import Mosaic, Raster
 
-_TRIES = 200  # draws for each wanted centre, before a map is called empty
+_PATIENCE = 20_000  # draws before a map that gave fewer than 10 in as many is called empty
 
 
 @dataclass
@@ -122,7 +122,7 @@ class TileMap:
             ValueError: the tile is larger than the map, or its centre is outside.
         """
         matrix = self._matrix(x, y, side, scale, metres, rotation)
-        return np.concatenate([sample(raster, matrix, side) for raster in self.rasters], -1)
+        return sample(self.rasters, matrix, side)
 
     def cut_labels(
         self,
@@ -137,7 +137,7 @@ class TileMap:
     ) -> np.ndarray:
         """The labels of the pixels of the tile that `cut` gives: (side, side) uint8."""
         matrix = self._matrix(x, y, side, scale, metres, rotation)
-        return sample(self._labels(name), matrix, side, labels=True)[..., 0]
+        return sample([self._labels(name)], matrix, side, labels=True)[..., 0]
 
     def content(self, tile: np.ndarray) -> float:
         """How much a tile of this map shows, 0 (empty) to 1; see `cutting.content`."""
@@ -168,9 +168,11 @@ class TileMap:
         largest = self.metres_per_pixel(grid.reshape(-1, 2)).prod(-1).max()
         found: list[np.ndarray] = []
         shown: list[float] = []
-        for _ in range(_TRIES):
-            xy = rng.uniform(-0.5, np.array(self.size) - 0.5, (count, 2))
-            keep = rng.uniform(size=count) * largest < self.metres_per_pixel(xy).prod(-1)
+        drawn = 0
+        while drawn < _PATIENCE or len(found) * _PATIENCE > 10 * drawn:
+            xy = rng.uniform(-0.5, np.array(self.size) - 0.5, (1024, 2))
+            drawn += len(xy)
+            keep = rng.uniform(size=len(xy)) * largest < self.metres_per_pixel(xy).prod(-1)
             xy = xy[keep & self.fits(xy, side, scale) & self.is_inside(xy)]
             for centre in xy if where is None else xy[where(xy)]:
                 amount = self.content(self.cut(centre[0], centre[1], side, scale=scale))
@@ -180,8 +182,8 @@ class TileMap:
                 if len(found) == count:
                     return np.array(found), np.array(shown)
         raise ValueError(
-            f"{self.path}: only {len(found)} of {count} tiles of {side} pixels at scale {scale:g} "
-            f"show anything (content of {least_content:g} or more) after {_TRIES * count} tries. "
+            f"{self.path}: of {drawn} random tiles of {side} pixels at scale {scale:g}, "
+            f"{len(found)} lie inside and show anything (content of {least_content:g} or more). "
             "Is the map empty? Else take smaller tiles, or a lower least_content"
         )
 

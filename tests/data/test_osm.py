@@ -119,7 +119,7 @@ def test_an_extract_becomes_a_map(tmp_path, capsys):
     assert square_metres(tile_map, read(tile_map, "inside")) == pytest.approx(country, rel=0.003)
     assert not read(tile_map, "water").any()  # in a tunnel
     house = expected_square_metres(9.520, 47.106, 9.521, 47.107)  # and not the one that is no more
-    assert square_metres(tile_map, read(tile_map, "building")) == pytest.approx(house, rel=0.01)
+    assert square_metres(tile_map, read(tile_map, "building")) == pytest.approx(house, rel=0.02)
 
     places = {"forest": (9.505, 47.105), "unknown": (9.5075, 47.1075),
               "grass_farm": (9.509, 47.109), "residential": (9.519, 47.105),
@@ -248,7 +248,7 @@ def test_shapes_have_their_size(width):
         plane = draw([shape], (0, 0), (300, 300), widths)["path"]
         drawn.append(np.count_nonzero(plane) / 200)
         assert cv2.connectedComponents(plane)[0] == 2  # without gaps
-    assert np.mean(drawn) == pytest.approx(width + 0.25, abs=0.15)
+    assert np.mean(drawn) == pytest.approx(width, abs=0.35)
 
 
 def test_the_spool_keeps_shapes(tmp_path):

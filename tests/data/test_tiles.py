@@ -169,7 +169,9 @@ def test_centres_are_where_the_map_shows_something(tmp_path):
     np.testing.assert_array_equal(again, xy)
     for i in range(2):
         cv2.imwrite(str(tmp_path / "layers" / f"layer{i}.png"), plane * 0)
-    with pytest.raises(ValueError, match=r"only 0 of 5 tiles.*Is the map empty"):
+    with pytest.raises(
+        ValueError, match=r"random tiles of 16 pixels .* 0 lie inside and show.*empty\?"
+    ):
         open_map(tmp_path).draw_centres(5, 16, rng=np.random.default_rng(0))
 
 
@@ -264,6 +266,11 @@ def damage(folder, kind):
         meta["lon_left"] = "west"
     elif kind == "mask values":
         meta["labels"]["cover.png"].pop("2")
+    elif kind == "label names":
+        meta["labels"]["cover.png"]["all"] = "sea"
+    elif kind == "blocks":
+        meta["block"] = 10
+        (folder / "layers" / "layer0").mkdir()
     elif kind == "missing layer":
         meta["layers"].append("road")
     elif kind == "no layers":
@@ -287,6 +294,7 @@ def damage(folder, kind):
      ("missing layer", "no image road; meta.json names"),
      ("no layers", "neither layers nor images"),
      ("colour layer", "layer1.png: expected one grey channel"), ("json", "not valid JSON"),
+     ("label names", "meta.json: the labels cover should be"), ("blocks", "need width and height"),
      ("broken", "layer1.png cannot be read as an image")],
 )  # fmt: skip
 def test_bad_maps_are_named(tmp_path, kind, message):
