@@ -23,6 +23,11 @@ _COMMANDS = {
         "eval_command",
         "encoders and labelled data -> tables and a report",
     ),
+    "loc2vec rasterize": (
+        "ssl_flow.data.osm_command",
+        "rasterize_command",
+        "an OpenStreetMap extract -> layers to cut tiles from",
+    ),
 }
 
 

@@ -25,7 +25,16 @@ def test_unknown_command_is_told_with_the_known_ones(capsys):
 
 @pytest.mark.parametrize(
     "command",
-    ["flow", "merge-flow", "show flow", "show run", "train", "eval linear-probe", "eval suite"],
+    [
+        "flow",
+        "merge-flow",
+        "show flow",
+        "show run",
+        "train",
+        "eval linear-probe",
+        "eval suite",
+        "loc2vec rasterize",
+    ],
 )
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:

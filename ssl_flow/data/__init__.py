@@ -1,1 +1,1 @@
-"""What is learned from and judged on: flow pairs, labelled sets, synthetic videos."""
+"""What is learned from and judged on: flow pairs, labelled sets, synthetic videos, maps."""

@@ -1,0 +1,67 @@
+import pickle
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+from ssl_flow.data.georeference import great_circle
+from ssl_flow.data.open_map import open_map
+
+
+def write(path, image, system="EPSG:32632", pixel=10.0, dtype="uint8"):
+    rasterio = pytest.importorskip("rasterio", reason="needs ssl-flow[geo]")
+    from rasterio.transform import from_origin
+
+    height, width, bands = image.shape
+    place = {"crs": system, "transform": from_origin(540000, 5220000, pixel, pixel)}
+    with rasterio.open(path, "w", driver="GTiff", width=width, height=height, count=bands,
+                       dtype=dtype, **(place if system else {})) as file:  # fmt: skip
+        file.write(image.transpose(2, 0, 1).astype(dtype))
+        for i in range(bands):
+            file.set_band_description(i + 1, f"layer{i}")
+    return path
+
+
+def test_a_picture_in_utm(tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (60, 80, 3)).astype(np.uint8)
+    tile_map = open_map(write(tmp_path / "utm.tif", image))
+    assert tile_map.channels == ["utm.red", "utm.green", "utm.blue"] and tile_map.colour.all()
+    np.testing.assert_array_equal(tile_map.cut(40, 30, 9), image[26:35, 36:45])
+    assert not tile_map.cut(0, 0, 5)[:2].any()
+    xy = np.array([[0.0, 0.0], [79.0, 59.0]])
+    np.testing.assert_allclose(tile_map.locate(tile_map.lonlat(xy)), xy, atol=1e-5)
+    # Zone 32 is centred on 9 degrees east: 540000 is 40 km east of it, 10 m a pixel.
+    place = tile_map.lonlat(np.array([-0.5, -0.5]))
+    across = great_circle(place, [9.0, place[1]])
+    assert across == pytest.approx(40e3, rel=3e-3)
+    np.testing.assert_allclose(tile_map.metres_per_pixel(xy), 10, rtol=5e-3)
+    again = pickle.loads(pickle.dumps(tile_map))
+    np.testing.assert_array_equal(again.cut(40, 30, 9), image[26:35, 36:45])
+
+
+def test_other_numbers_of_bands_are_layers(tmp_path):
+    image = np.random.default_rng(0).integers(0, 2, (30, 40, 6)) * 255
+    tile_map = open_map(write(tmp_path / "six.tif", image, "EPSG:4326", 1e-3))
+    assert tile_map.channels == [f"layer{i}" for i in range(6)] and not tile_map.colour.any()
+    np.testing.assert_array_equal(tile_map.cut(20, 15, 9, rotation=90)[..., 5],
+                                  np.rot90(image[11:20, 16:25, 5]))  # fmt: skip
+
+
+def test_bad_geotiffs_are_named(tmp_path, monkeypatch):
+    image = np.zeros((30, 40, 3), np.uint8)
+    plain = write(tmp_path / "plain.tif", image, None)
+    with pytest.raises(ValueError, match=r"plain.tif has no georeference: add one"):
+        open_map(plain)
+    with pytest.raises(ValueError, match=r"deep.tif holds uint16, expected 8-bit: gdal_translate"):
+        open_map(write(tmp_path / "deep.tif", image, dtype="uint16"))
+    (tmp_path / "broken.tif").write_bytes(b"II*\0nothing")
+    with pytest.raises(ValueError, match=r"broken.tif cannot be read"):
+        open_map(tmp_path / "broken.tif")
+
+
+def test_without_rasterio_the_extra_is_named(tmp_path, monkeypatch):
+    cv2.imwrite(str(tmp_path / "map.tif"), np.zeros((30, 40, 3), np.uint8))
+    monkeypatch.setitem(sys.modules, "rasterio", None)
+    with pytest.raises(ImportError, match=r"map.tif: .*pip install ssl-flow\[geo\]"):
+        open_map(tmp_path / "map.tif")
