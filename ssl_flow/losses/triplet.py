@@ -118,7 +118,8 @@ def distance(first: Tensor, second: Tensor) -> Tensor:
     """
     with torch.autocast(first.device.type, enabled=False):
         difference = _at_least_float32(first) - _at_least_float32(second)
-        return torch.linalg.vector_norm(difference, dim=1)
+        length: Tensor = torch.linalg.vector_norm(difference, dim=1)
+        return length
 
 
 def _ratio(near: Tensor, far: Tensor) -> Tensor:
