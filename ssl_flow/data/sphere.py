@@ -57,8 +57,8 @@ class SpatialBlocks:
 
     A row of blocks is `block` metres high, and is cut from the meridian 180 degrees on into equal
     blocks at least as wide on its poleward side. Whether a block judges depends on (seed, row,
-    column) alone. All of a train block may be trained on; of the others, places more than `buffer`
-    from every train block are judged.
+    column) alone, whatever the places. All of a train block may be trained on; of the others,
+    places more than `buffer` from every train block are judged.
 
     Tiles share no ground if the buffer is the side of a tile times sqrt(2), since they are rotated,
     plus the largest shift of a positive.
@@ -74,10 +74,10 @@ class SpatialBlocks:
 
     def __post_init__(self) -> None:
         """ValueError where the numbers leave nothing to train on or to judge."""
-        if not (0 <= 4 * self.buffer <= self.block <= EARTH_RADIUS / 4):
+        if not (0 <= 4 * self.buffer <= self.block <= EARTH_RADIUS / 2):
             raise ValueError(
                 f"blocks of {self.block:g} m with a buffer of {self.buffer:g} m; expected blocks "
-                f"of at least 4 buffers and at most {EARTH_RADIUS / 4:.0f} m"
+                f"of at least 4 buffers and at most {EARTH_RADIUS / 2:.0f} m"
             )
         if not 0 < self.judged < 1:
             raise ValueError(f"judged is a share between 0 and 1, found {self.judged}")
@@ -109,12 +109,11 @@ class SpatialBlocks:
         poleward = np.maximum(np.abs(row), np.abs(row + 1)) * angle
         columns = np.floor(2 * np.pi * np.cos(np.minimum(poleward, np.pi / 2)) / angle).clip(1)
         column = np.floor((_wrapped(lon) + 180) / 360 * columns)
-        blocks, which = np.unique(np.stack([row, column]), axis=1, return_inverse=True)
-        draws = [  # seeds cannot be negative
-            np.random.default_rng((self.seed, int(row) + 2**31, int(column))).uniform()
-            for row, column in blocks.T
-        ]
-        judges: np.ndarray = (np.array(draws) < self.judged)[which.reshape(-1)]
+        # A lattice that fills the unit interval evenly along both axes (Roberts' R2 sequence): even
+        # of a few blocks of a region about the wanted share judges, which chance would miss.
+        start = np.random.default_rng(self.seed).uniform()
+        draw = (start + 0.7548776662466927 * row + 0.5698402909980532 * column) % 1
+        judges: np.ndarray = draw < self.judged
         return judges
 
 

@@ -198,7 +198,7 @@ def test_errors_say_what_was_expected():
         make(far=300_000)
     # The middle of the map has none, its corners have each other.
     corners = np.array([[400, 10], [990, 990], [695, 500]])
-    with pytest.raises(ValueError, match="none of 3 places is more than 100000 m"):
-        make(places=corners, far=100_000)
+    with pytest.raises(ValueError, match="none of 3 places is more than 120000 m"):
+        make(places=corners, far=120_000)
     with pytest.raises(IndexError):
         make()[2000]
