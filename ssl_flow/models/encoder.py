@@ -29,6 +29,14 @@ class Normalization:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    def apply(self, images: Tensor) -> Tensor:
+        """(B, H, W, C) uint8 -> (B, C, H, W) float32."""
+        constants = 255 * torch.tensor([self.mean, self.std])
+        # Without non_blocking the host would wait for all that a GPU still has to do.
+        mean, std = constants.view(2, 1, -1, 1, 1).to(images.device, non_blocking=True)
+        normalized: Tensor = (images.permute(0, 3, 1, 2).float() - mean) / std
+        return normalized
+
 
 class Encoder(nn.Module):
     """A timm backbone whose levels are data (`channels`, `strides`), and an optional head.
@@ -116,11 +124,7 @@ class Encoder(nn.Module):
 
     def normalize(self, images: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 RGB -> (B, 3, H, W) float32, normalised as the backbone expects."""
-        constants = 255 * torch.tensor([self.normalization.mean, self.normalization.std])
-        # Without non_blocking the host would wait for all that a GPU still has to do.
-        mean, std = constants.view(2, 1, -1, 1, 1).to(images.device, non_blocking=True)
-        normalized: Tensor = (images.permute(0, 3, 1, 2).float() - mean) / std
-        return normalized
+        return self.normalization.apply(images)
 
 
 def device_of(encoder: nn.Module) -> torch.device:
@@ -166,21 +170,7 @@ def create_encoder(
         ValueError: unknown architecture, or one without a feature pyramid.
         WeightsError: `pretrained` and the weights cannot be had.
     """
-    if not timm.is_model(architecture):
-        close = timm.list_models(f"*{architecture.split('_')[0].split('.')[0]}*")[:5]
-        raise ValueError(
-            f"timm has no model {architecture!r}; near it: {', '.join(close) or 'none'}"
-        )
-    try:
-        candidates = _ANY_SIZE if model_args is None else (model_args,)
-        backbone, model_args = _create_backbone(architecture, pretrained, candidates)
-    except Exception as error:
-        if not pretrained:
-            raise ValueError(f"timm cannot build {architecture!r}: {error}") from error
-        raise WeightsError(
-            f"could not get timm's weights for {architecture!r} ({error}). Use a network "
-            f"connection, or random:{architecture} if random weights are meant."
-        ) from error
+    backbone, model_args = create_backbone(architecture, pretrained, model_args)
     if not hasattr(backbone, "forward_intermediates"):
         raise ValueError(f"{architecture!r} gives no feature pyramid (no forward_intermediates)")
     encoder = Encoder(backbone, architecture, model_args)
@@ -189,6 +179,35 @@ def create_encoder(
             encoder.channels, encoder.strides, embedding_dim, hidden_dim
         )
     return encoder
+
+
+def create_backbone(
+    architecture: str,
+    pretrained: bool = False,
+    model_args: dict[str, Any] | None = None,
+    in_chans: int = 3,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """timm's plain model without a classifier, and the `model_args` that it was built with.
+
+    `in_chans` counts where there are no `model_args`. For the rest see `create_encoder`.
+    """
+    if not timm.is_model(architecture):
+        close = timm.list_models(f"*{architecture.split('_')[0].split('.')[0]}*")[:5]
+        raise ValueError(
+            f"timm has no model {architecture!r}; near it: {', '.join(close) or 'none'}"
+        )
+    try:
+        channels = {} if in_chans == 3 else {"in_chans": in_chans}
+        anything = [size | channels for size in _ANY_SIZE]
+        candidates = anything if model_args is None else [model_args]
+        return _create_backbone(architecture, pretrained, candidates)
+    except Exception as error:
+        if not pretrained:
+            raise ValueError(f"timm cannot build {architecture!r}: {error}") from error
+        raise WeightsError(
+            f"could not get timm's weights for {architecture!r} ({error}). Use a network "
+            f"connection, or random:{architecture} if random weights are meant."
+        ) from error
 
 
 # Transformers take one image size only unless told otherwise, in timm's two ways.

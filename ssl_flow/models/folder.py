@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from ssl_flow.models.encoder import Encoder, Normalization, create_encoder
 from ssl_flow.models.handmade import HandmadeEncoder
@@ -22,29 +24,50 @@ def save_encoder(encoder: Encoder, folder: str | Path) -> Path:
     `ssl_flow.load_encoder(folder)` and `timm.create_model("local-dir:FOLDER", pretrained=True)`.
     Each file is written under a temporary name and moved in place.
     """
+    head = encoder.head
+    if head is None:
+        return write_folder(encoder, folder)
+    own = {"embedding_dim": head.embedding_dim, "hidden_dim": head.hidden_dim}
+    return write_folder(encoder, folder, head, {"ssl_flow": own})
+
+
+class Saved(Protocol):
+    """What is said of a backbone in `config.json`."""
+
+    backbone: nn.Module
+    architecture: str
+    model_args: dict[str, Any]
+    normalization: Normalization
+
+
+def write_folder(
+    encoder: Saved,
+    folder: str | Path,
+    head: nn.Module | None = None,
+    own: dict[str, Any] | None = None,
+) -> Path:
+    """Write a backbone and its head as `save_encoder` says; `own` is added to `config.json`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     normalization = encoder.normalization
+    model_args = {"in_chans": 3, **encoder.model_args}
     config = {
         "architecture": encoder.architecture,
         "num_classes": 0,
         "num_features": encoder.backbone.num_features,
-        "model_args": {"in_chans": 3, **encoder.model_args},
+        "model_args": model_args,
         "pretrained_cfg": {
             "num_classes": 0,
-            "input_size": [3, 224, 224],
+            "input_size": [model_args["in_chans"], 224, 224],
             "mean": list(normalization.mean),
             "std": list(normalization.std),
             "interpolation": "bilinear",
         },
+        **(own or {}),
     }
     _save_tensors(encoder.backbone, folder / "model.safetensors")
-    if encoder.head is not None:
-        _save_tensors(encoder.head, folder / "head.safetensors")
-        config["ssl_flow"] = {
-            "embedding_dim": encoder.head.embedding_dim,
-            "hidden_dim": encoder.head.hidden_dim,
-        }
+    if head is not None:
+        _save_tensors(head, folder / "head.safetensors")
     temporary = folder / f".config.json.{os.getpid()}"
     temporary.write_text(json.dumps(config, indent=2) + "\n")
     temporary.replace(folder / "config.json")
@@ -90,7 +113,11 @@ def load_encoder(spec: str | Path, seed: int = 0) -> Encoder:
     return _load_folder(Path(spec))
 
 
-def _load_folder(path: Path) -> Encoder:
+def read_folder(path: Path) -> tuple[Path, Path, dict[str, Any]]:
+    """The folder of an encoder or a run -> the encoder's folder, its weights, its config.json.
+
+    Raises: FileNotFoundError, ValueError: as `load_encoder`.
+    """
     if path.suffix == ".safetensors":
         folder, weights = path.parent, path
     else:
@@ -106,21 +133,26 @@ def _load_folder(path: Path) -> Encoder:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if "architecture" not in config:
         raise ValueError(f"{folder / 'config.json'} names no 'architecture' (a timm model)")
+    return folder, weights, config
+
+
+def _load_folder(path: Path) -> Encoder:
+    folder, weights, config = read_folder(path)
     own = config.get("ssl_flow", {})
     encoder = create_encoder(config["architecture"], model_args=config.get("model_args"))
     pixels = config.get("pretrained_cfg", {})
     if "mean" in pixels and "std" in pixels:
         encoder.normalization = Normalization(tuple(pixels["mean"]), tuple(pixels["std"]))
-    _load_tensors(encoder.backbone, weights)
+    load_tensors(encoder.backbone, weights)
     if own:
         encoder.head = PixelEmbeddingHead(
             encoder.channels, encoder.strides, own["embedding_dim"], own["hidden_dim"]
         )
-        _load_tensors(encoder.head, folder / "head.safetensors")
+        load_tensors(encoder.head, folder / "head.safetensors")
     return encoder.eval()
 
 
-def _save_tensors(module: torch.nn.Module, path: Path) -> None:
+def _save_tensors(module: nn.Module, path: Path) -> None:
     tensors = {
         name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()
     }
@@ -129,7 +161,8 @@ def _save_tensors(module: torch.nn.Module, path: Path) -> None:
     temporary.replace(path)
 
 
-def _load_tensors(module: torch.nn.Module, path: Path) -> None:
+def load_tensors(module: nn.Module, path: Path) -> None:
+    """Fill a module from a `.safetensors` file; ValueError (with its name) when it does not fit."""
     try:
         module.load_state_dict(load_file(path))
     except Exception as error:

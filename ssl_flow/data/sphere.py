@@ -1,0 +1,122 @@
+"""Places on the sphere: distances, uniform draws around a place, blocks that do not leak.
+
+A place is (longitude, latitude) in degrees, float64, and a set of N places (N, 2); distances are
+metres along great circles of a sphere of the Earth's mean radius (an ellipsoid's differ by 0.5 %).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+EARTH_RADIUS = 6_371_008.8
+"""Metres: the mean radius of the IUGG."""
+
+
+def great_circle(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Distance in metres of places (..., 2), which are broadcast; the haversine formula."""
+    lon1, lat1 = np.moveaxis(np.radians(first), -1, 0)
+    lon2, lat2 = np.moveaxis(np.radians(second), -1, 0)
+    squared = np.sin((lat2 - lat1) / 2) ** 2
+    squared = squared + np.cos(lat1) * np.cos(lat2) * np.sin((lon2 - lon1) / 2) ** 2
+    distance: np.ndarray = 2 * EARTH_RADIUS * np.arcsin(np.sqrt(np.clip(squared, 0, 1)))
+    return distance
+
+
+def far_apart(places: np.ndarray, metres: float) -> np.ndarray:
+    """(N, 2) -> (N, N) bool: which pairs are more than `metres` apart, so valid negatives."""
+    return great_circle(places[:, None], places[None]) > metres
+
+
+def travel(
+    place: np.ndarray, bearing: np.ndarray | float, metres: np.ndarray | float
+) -> np.ndarray:
+    """Where one gets from places (..., 2) by a bearing (radians from north, clockwise)."""
+    lon, lat = np.moveaxis(np.radians(place), -1, 0)
+    angle = np.asarray(metres) / EARTH_RADIUS
+    # With vectors, since formulas of longitude and latitude break down at the poles.
+    outward = np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)])
+    north = np.stack([-np.sin(lat) * np.cos(lon), -np.sin(lat) * np.sin(lon), np.cos(lat)])
+    east = np.stack([-np.sin(lon), np.cos(lon), np.zeros_like(lat)])
+    heading = np.cos(bearing) * north + np.sin(bearing) * east
+    x, y, z = np.cos(angle) * outward + np.sin(angle) * heading
+    return np.asarray(np.degrees(np.stack([np.arctan2(y, x), np.arctan2(z, np.hypot(x, y))], -1)))
+
+
+def around(rng: np.random.Generator, place: np.ndarray, metres: float) -> np.ndarray:
+    """A place (2,) uniform by area among those within `metres` of a place (2,)."""
+    # The area within an angle t is proportional to sin(t / 2)^2.
+    half = np.arcsin(np.sqrt(rng.uniform()) * np.sin(metres / EARTH_RADIUS / 2))
+    return travel(place, rng.uniform(0, 2 * np.pi), 2 * EARTH_RADIUS * half)
+
+
+@dataclass(frozen=True)
+class SpatialBlocks:
+    """Train and judge on blocks of the Earth, with a strip in between: neighbours do not leak.
+
+    A row of blocks is `block` metres high, and is cut from the meridian 180 degrees on into equal
+    blocks at least as wide on its poleward side. Whether a block judges depends on (seed, row,
+    column) alone, whatever the places. All of a train block may be trained on; of the others,
+    places more than `buffer` from every train block are judged.
+
+    Tiles share no ground if the buffer is the side of a tile times sqrt(2), since they are rotated,
+    plus the largest shift of a positive.
+    """
+
+    block: float
+    """Metres; at least 4 buffers, else little of a lone block is left to judge."""
+    buffer: float
+    """Metres."""
+    judged: float = 0.3
+    """Share of the blocks."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """ValueError where the numbers leave nothing to train on or to judge."""
+        if not (0 <= 4 * self.buffer <= self.block <= EARTH_RADIUS / 2):
+            raise ValueError(
+                f"blocks of {self.block:g} m with a buffer of {self.buffer:g} m; expected blocks "
+                f"of at least 4 buffers and at most {EARTH_RADIUS / 2:.0f} m"
+            )
+        if not 0 < self.judged < 1:
+            raise ValueError(f"judged is a share between 0 and 1, found {self.judged}")
+
+    def train(self, places: np.ndarray) -> np.ndarray:
+        """(N, 2) -> (N,) bool: which may be trained on."""
+        return ~self._judges(places)
+
+    def judge(self, places: np.ndarray) -> np.ndarray:
+        """(N, 2) -> (N,) bool: which may be judged."""
+        lon, lat = np.asarray(places, np.float64).T
+        inner = np.ones(len(lon), bool)
+        high = self.buffer / EARTH_RADIUS
+        # A degree of longitude is shortest at the poleward side of the square around a place.
+        shortest = np.cos(np.minimum(np.abs(np.radians(lat)) + high, np.pi / 2)).clip(1e-9)
+        wide = np.minimum(
+            np.degrees(2 * np.arcsin(np.minimum(np.sin(high / 2) / shortest, 1))), 180
+        )
+        for north in (-1, 0, 1):
+            for east in (-1, 0, 1):
+                corner = [_wrapped(lon + east * wide), lat + north * np.degrees(high)]
+                inner &= self._judges(np.stack(corner, -1))
+        return inner
+
+    def _judges(self, places: np.ndarray) -> np.ndarray:
+        lon, lat = np.asarray(places, np.float64).T
+        angle = self.block / EARTH_RADIUS
+        row = np.floor(np.radians(lat.clip(-90, 90)) / angle)
+        poleward = np.maximum(np.abs(row), np.abs(row + 1)) * angle
+        columns = np.floor(2 * np.pi * np.cos(np.minimum(poleward, np.pi / 2)) / angle).clip(1)
+        column = np.floor((_wrapped(lon) + 180) / 360 * columns)
+        # A lattice that fills the unit interval evenly along both axes (Roberts' R2 sequence): even
+        # of a few blocks of a region about the wanted share judges, which chance would miss.
+        start = np.random.default_rng(self.seed).uniform()
+        draw = (start + 0.7548776662466927 * row + 0.5698402909980532 * column) % 1
+        judges: np.ndarray = draw < self.judged
+        return judges
+
+
+def _wrapped(lon: np.ndarray) -> np.ndarray:
+    """Longitudes in -180 .. 180."""
+    return (lon + 180) % 360 - 180
