@@ -10,18 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-EARTH_RADIUS = 6_371_008.8
-"""Metres: the mean radius of the IUGG."""
-
-
-def great_circle(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Distance in metres of places (..., 2), which are broadcast; the haversine formula."""
-    lon1, lat1 = np.moveaxis(np.radians(first), -1, 0)
-    lon2, lat2 = np.moveaxis(np.radians(second), -1, 0)
-    squared = np.sin((lat2 - lat1) / 2) ** 2
-    squared = squared + np.cos(lat1) * np.cos(lat2) * np.sin((lon2 - lon1) / 2) ** 2
-    distance: np.ndarray = 2 * EARTH_RADIUS * np.arcsin(np.sqrt(np.clip(squared, 0, 1)))
-    return distance
+from ssl_flow.data.georeference import EARTH_RADIUS, great_circle
 
 
 def far_apart(places: np.ndarray, metres: float) -> np.ndarray:

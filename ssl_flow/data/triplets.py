@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ssl_flow.data.georeference import great_circle
 from ssl_flow.data.pairs import sample_color
-from ssl_flow.data.sphere import around, great_circle
+from ssl_flow.data.sphere import around
 
 _TRIES = 100
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from ssl_flow.data.sphere import EARTH_RADIUS, SpatialBlocks, great_circle
+from ssl_flow.data.georeference import EARTH_RADIUS, great_circle
+from ssl_flow.data.sphere import SpatialBlocks
 from ssl_flow.data.triplets import TripletTiles
 
 SIDE = 4
