@@ -40,7 +40,7 @@ class SegmentationSet:
     """One split of a labelled set; `set[i]` reads one image from the disk (nothing is cached)."""
 
     name: str  # for tables and file names
-    classes: list[str]  # the scored classes, in the order of the mask's indices
+    classes: list[str]  # in the order of the mask's indices; empty: any index
     names: list[str]  # one a labelled image
     load: Callable[[int], tuple[np.ndarray, np.ndarray]]  # index -> image, mask
     protocol: dict[str, Any] = field(default_factory=dict)  # how the split was made, which files
@@ -51,11 +51,19 @@ class SegmentationSet:
         return len(self.names)
 
     def __getitem__(self, index: int) -> Labelled:
-        """Image `index`; ValueError (with the file's name) when its mask does not fit."""
+        """Image `index`; ValueError (with its name) when its mask does not fit."""
         if not -len(self) <= index < len(self):  # IndexError also ends `for item in set`
             raise IndexError(f"{self.name} has {len(self)} images, asked for index {index}")
         index %= len(self)
-        return Labelled(*self.load(index), self.names[index])
+        image, mask, name = item = Labelled(*self.load(index), self.names[index])
+        if mask.shape != image.shape[:2]:
+            shapes = f"{mask.shape}, its image {image.shape[:2]}"
+            raise ValueError(f"{self.name}: the mask of {name} is {shapes}")
+        wrong = mask[(mask >= len(self.classes)) & (mask != IGNORE)]
+        if self.classes and wrong.size:
+            found = f"class {wrong[0]}, expected 0..{len(self.classes) - 1} or {IGNORE}"
+            raise ValueError(f"{self.name}: the mask of {name} holds {found}")
+        return item
 
     def __iter__(self) -> Iterator[Labelled]:
         """All images in order."""

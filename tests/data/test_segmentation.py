@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssl_flow.data.segmentation import IGNORE, open_segmentation
+from ssl_flow.data.segmentation import IGNORE, SegmentationSet, open_segmentation
 
 REAL = Path(__file__).parents[3] / "shared/data"
 
@@ -167,6 +167,21 @@ def test_bad_files_are_named(camvid):
     (camvid / "classes.csv").write_text("number,label\n1,sky\n")
     with pytest.raises(ValueError, match=r"classes\.csv: expected the columns"):
         open_segmentation(f"camvid:{camvid}", "train")
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.zeros((2, 3), np.uint8), r"mine: the mask of first is \(2, 3\), its image \(3, 3\)"),
+        (np.diag([7, 0, 255]), r"mine: the mask of first holds class 7, expected 0\.\.2 or 255"),
+    ],
+)
+def test_masks_of_a_set_made_in_memory_are_checked_too(mask, message):
+    load = lambda i: (np.zeros((3, 3, 3), np.uint8), mask)  # noqa: E731
+    with pytest.raises(ValueError, match=message):
+        SegmentationSet("mine", ["a", "b", "c"], ["first"], load)[0]
+    if mask.shape == (3, 3):
+        assert SegmentationSet("mine", [], ["first"], load)[0].mask is mask  # of any index
 
 
 @pytest.mark.skipif(not REAL.exists(), reason=f"no real data beside the checkout ({REAL})")
