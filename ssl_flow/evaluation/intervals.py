@@ -3,7 +3,7 @@
 The percentile bootstrap (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, ch. 13): draw
 N of the N test images with replacement, score the draw, repeat; the 2.5 and 97.5 % points of these
 scores bound the interval. The score is the one that is reported: mIoU is taken from the summed
-confusion matrix of a draw, never averaged over images.
+counts of a draw, never averaged over images.
 
 Images must be independent of each other. Neighbouring frames of a video are not: give one value
 (or one summed matrix) a sequence, or the interval is too narrow.
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ssl_flow.evaluation.metrics import miou_of
 from ssl_flow.evaluation.outcome import Outcome
 
 _CHUNK = 2**20
@@ -82,9 +83,9 @@ def interval_of_miou(
     """Interval of the mIoU over a set of images.
 
     Args:
-        counts: (N, K, K) confusion matrices (true, predicted), one an image; or several such, the
-            same N images under different seeds. As in `ConfusionMatrix.miou`, a class that neither
-            truth nor prediction of a draw has does not count in its mean.
+        counts: (N, 3, K) `ConfusionMatrix.sums` of every image; or several such, the same N images
+            under different seeds. As in `ConfusionMatrix.miou`, a class that neither truth nor
+            prediction of a draw has does not count in its mean.
         confidence: of the interval.
         resamples: number of draws.
         seed: of the draws.
@@ -92,26 +93,21 @@ def interval_of_miou(
     Raises:
         ValueError: other shapes, no counted pixel at all, a bad setting.
     """
-    matrices = [counts] if isinstance(counts, np.ndarray) and counts.ndim == 3 else list(counts)
-    shape = matrices[0].shape if matrices else ()
-    if len(shape) != 3 or shape[1] != shape[2] or not shape[0]:
-        raise ValueError(f"counts of shape {shape}, expected (N, K, K)")
-    if any(m.shape != shape for m in matrices):
-        raise ValueError(f"counts of different shapes: {[m.shape for m in matrices]}")
-    if not all(m.any() for m in matrices):
+    sums = [counts] if isinstance(counts, np.ndarray) and counts.ndim == 3 else list(counts)
+    shape = sums[0].shape if sums else ()
+    if len(shape) != 3 or shape[1] != 3 or not shape[0]:
+        raise ValueError(f"counts of shape {shape}, expected (N, 3, K)")
+    if any(s.shape != shape for s in sums):
+        raise ValueError(f"counts of different shapes: {[s.shape for s in sums]}")
+    if not all(s.any() for s in sums):
         raise ValueError("no pixel is counted: every label is ignored")
-    images, classes, _ = shape
-    # IoU needs only these 2K sums of a draw, not its whole K x K matrix.
-    parts = [
-        np.concatenate([hits, m.sum(1) + m.sum(2) - hits], axis=1, dtype=np.float64)
-        for m in matrices
-        for hits in [np.diagonal(m, axis1=1, axis2=2)]
-    ]  # (N, 2K): intersection and union of each class
-    draws = [
-        np.mean([_miou(w @ part) for part in parts], axis=0)
-        for w in _draws(images, 2 * classes, resamples, seed)
+    images, _, classes = shape
+    sums = [s.astype(np.float64) for s in sums]
+    draws = [  # one of images without any counted pixel is nan, left out of the interval
+        np.mean([miou_of(np.tensordot(w, s, 1)) for s in sums], axis=0)
+        for w in _draws(images, 3 * classes, resamples, seed)
     ]
-    scores = np.array([_miou(part.sum(0)) for part in parts])
+    scores = np.array([miou_of(s.sum(0)) for s in sums])
     return _interval(scores, np.concatenate(draws), images, confidence)
 
 
@@ -135,16 +131,6 @@ def interval_of_outcomes(
         known = [*outcomes[0].values, *(["miou"] if outcomes[0].counts is not None else [])]
         raise ValueError(f"no values per image of {score!r}; known: {', '.join(known) or 'none'}")
     return interval_of_miou(counts, resamples=resamples, seed=seed)
-
-
-def _miou(parts: np.ndarray) -> np.ndarray:
-    """(..., 2K) intersections and unions -> (...) mean over the classes with a union."""
-    hits, union = np.split(parts, 2, axis=-1)
-    present = union > 0
-    iou = np.divide(hits, union, out=np.zeros_like(hits), where=present)
-    # a draw of images without any counted pixel has no class: nan, left out of the interval
-    with np.errstate(invalid="ignore"):
-        return np.asarray(iou.sum(-1) / present.sum(-1))
 
 
 def _draws(images: int, width: int, resamples: int, seed: int) -> Iterator[np.ndarray]:

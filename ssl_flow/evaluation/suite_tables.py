@@ -77,7 +77,7 @@ def _table(data: Data, cells: list[Cell]) -> dict[str, Any]:
 
 
 def by_unit(outcome: Outcome, data: Data) -> Outcome:
-    """The outcome with the confusion matrices of dependent images (of a sequence) summed."""
+    """The outcome with the counts of dependent images (of a sequence) summed."""
     if outcome.counts is None or data.unit != "sequences":
         return outcome
     names = [data.unit_of(item) for item in outcome.items]
