@@ -81,11 +81,11 @@ class Data:
     """The images that give a random encoder its BatchNorm statistics."""
     about: dict[str, Any]
     unit: str
-    """Over what intervals are taken: images, sequences, objects, pairs."""
+    """Over what intervals are taken: images, sequences, pairs."""
     digest: str
 
     def unit_of(self, item: str) -> str:
-        """Scored items of the same name here belong together (frames of a sequence)."""
+        """Scored items of the same name here belong together (frames or objects of a sequence)."""
         return item.rpartition("/")[0] if self.unit == "sequences" else item
 
 
@@ -116,7 +116,7 @@ def open_data(kind: str, spec: str) -> Data:
         names = [video.files[i].name for video, i in frames]
         shown = _images(videos.name, names, lambda k: frames[k][0][frames[k][1]][:2])
         about = {"test": videos.protocol}
-        return _data(spec, kind, (videos.videos,), shown, shown, about, "objects", files)
+        return _data(spec, kind, (videos.videos,), shown, shown, about, "sequences", files)
     if kind == "images":
         sets = open_classification(spec, "train"), open_classification(spec, "test")
         seen, shown = (

@@ -125,6 +125,33 @@ def test_seeds_share_the_images_and_are_told_apart_from_them():
     assert (two.value, two.low, two.high) == pytest.approx((one.value, one.low, one.high))
 
 
+def test_images_of_a_group_are_drawn_together():
+    """Against a loop that draws whole sequences and scores their images as one set."""
+    rng = np.random.default_rng(9)
+    groups = ["a", "b", "a", "c", "b", "a"]  # unequal: the mean is of the images, not the groups
+    values, counts = rng.random(6), _sums(_images(rng, 6))
+    members = [[i for i, name in enumerate(groups) if name == group] for group in "abc"]
+    means, mious = [], []
+    for draw in np.random.default_rng(5).integers(0, 3, (50, 3)):
+        drawn = [i for group in draw for i in members[group]]
+        means.append(values[drawn].mean())
+        mious.append(interval_of_miou(counts[drawn]).value)
+    for run, table, scores in (
+        (interval_of_mean, values, means), (interval_of_miou, counts, mious)
+    ):  # fmt: skip
+        found = run(table, resamples=50, seed=5, groups=groups)
+        assert (found.low, found.high) == pytest.approx(tuple(np.quantile(scores, [0.025, 0.975])))
+        assert found.value == pytest.approx(run(table).value)
+    copied = interval_of_mean(np.tile(values, 10), groups=list("abcdef") * 10)
+    assert (copied.low, copied.high) == pytest.approx(
+        (interval_of_mean(values).low, interval_of_mean(values).high)
+    )  # ten copies tell no more than one
+    outcome = Outcome({"J": 0.5}, values={"J": values}, items=[f"{g}/object" for g in groups])
+    assert interval_of_outcomes([outcome], "J", groups=groups) == interval_of_mean(
+        values, groups=groups
+    )
+
+
 def test_one_image_has_no_interval_and_is_never_better():
     for found in (interval_of_mean(np.array([0.7])), interval_of_miou(np.ones((1, 3, 3)))):
         assert found.value in (0.7, 1.0) and math.isnan(found.low) and math.isnan(found.high)

@@ -18,7 +18,7 @@ from ssl_flow.evaluation.feature_pictures import (
 from ssl_flow.evaluation.outcome import Outcome
 from ssl_flow.evaluation.protocols import Data, open_data
 from ssl_flow.evaluation.suite import Cell, parse_row
-from ssl_flow.evaluation.suite_tables import as_csv, as_markdown, by_unit, tables
+from ssl_flow.evaluation.suite_tables import as_csv, as_markdown, tables
 
 ABOUT = {"protocol": {"name": "dense-knn"}, "encoder": "e", "seed": 0}
 
@@ -92,10 +92,14 @@ def test_better_is_said_only_where_intervals_and_runs_are_apart(data):
     assert lines[-1].startswith("fake,dense-knn,1,gone,miou,,,,,1,1")
 
 
-def test_frames_of_a_sequence_are_one_unit(data):
-    grouped = by_unit(outcome(5), data)
-    assert grouped.items == ["video0", "video1", "video2", "video3"]
-    np.testing.assert_array_equal(grouped.counts, outcome(10, 4, 4).counts)
+def test_objects_of_a_sequence_are_drawn_together(data):
+    values = {"J": np.repeat([0.2, 0.6, 0.7], 10)}
+    items = [f"video{i // 10}/object {i % 10 + 1}" for i in range(30)]
+    (table,) = tables([cell(data, "e", Outcome({"J": 0.5}, values=values, items=items))])
+    score = table["rows"][0]["scores"]["J"]
+    assert (table["units"], score["value"]) == (3, 0.5)
+    # as three independent values, not as thirty
+    assert (score["low"], score["high"]) == pytest.approx((0.2, 0.7))
 
 
 def test_a_row_of_encoders():
