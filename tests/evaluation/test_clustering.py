@@ -51,6 +51,15 @@ def test_one_to_one_matching_is_the_best_of_all_permutations():
         assert _miou(table, match) == pytest.approx(best / 4)
 
 
+def test_overclusters_are_matched_by_majority_though_they_be_as_many_as_classes():
+    truth = np.where(masks(0) > 0, 0, masks(8))  # most pixels are of class 0 ...
+    data = label_set(truth, (np.eye(3, dtype=np.uint8) * 255)[masks(7)])  # ... in every colour
+    protocol = Clustering(**vars(QUICK) | {"overclusters": 3})
+    scores = run_clustering(FakeEncoder(), data, data, protocol).scores
+    assert scores["overclustering_miou"] == pytest.approx((truth == 0).mean() / 3)
+    assert scores["miou"] != scores["overclustering_miou"]
+
+
 def test_scores_agree_with_scikit_learn():
     rng = np.random.default_rng(1)
     truth, clusters = rng.integers(0, 3, 3000), rng.integers(0, 20, 3000)
