@@ -58,10 +58,25 @@ def test_camvid_is_judged_on_its_test_split_where_it_has_one(camvid):
     assert open_segmentation(f"camvid:{camvid}", "test").names == ["test0"]
 
 
-def test_class_ids_must_fit_a_mask(camvid):
-    (camvid / "classes.csv").write_text("id,name\n256,sky\n")
-    with pytest.raises(ValueError, match=r"classes\.csv: id 256 .* 0 to 255"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id,name\n256,sky\n", "id 256 is not the value of an 8-bit mask, 0 to 255"),
+        ("id,name\nsky,0\n", "id sky is not the value of an 8-bit mask, 0 to 255"),
+        ("id,name,ignore\n0,sky,no\n", "ignore = no of id 0, expected 0 or 1"),
+        ("id,name\n0,sky\n1,road\n0,car\n", "id 0 is there twice"),
+        ("id,name,ignore\n0,sky,1\n1,road,1\n", "every class is ignored"),
+    ],
+)
+def test_bad_classes_are_named(camvid, text, message):
+    (camvid / "classes.csv").write_text(text)
+    with pytest.raises(ValueError, match=rf"classes\.csv: {message}"):
         open_segmentation(f"camvid:{camvid}", "train")
+
+
+def test_classes_as_spreadsheets_write_them(camvid):
+    (camvid / "classes.csv").write_bytes(b"\xef\xbb\xbfid,name\r\n0,sky\r\n1,void\r\n")
+    assert open_segmentation(f"camvid:{camvid}", "train").classes == ["sky", "void"]
 
 
 def test_davis_splits_by_sequence(davis):
