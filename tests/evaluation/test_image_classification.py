@@ -113,7 +113,7 @@ def test_a_constant_channel_is_left_out():
     assert not weight[:, 3].any() and weight[:, 4].all() and bias.isfinite().all()
 
 
-@pytest.mark.parametrize("size", [(300, 451), (500, 333), (20, 20), (224, 256)])
+@pytest.mark.parametrize("size", [(103, 206), (300, 451), (500, 333), (20, 20), (224, 256)])
 def test_crops_are_those_of_torchvision(size):
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     whole = Compose([Resize(256, InterpolationMode.BICUBIC), CenterCrop(224)])
