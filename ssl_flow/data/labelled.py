@@ -44,7 +44,8 @@ class SegmentationSet:
     names: list[str]  # one a labelled image
     load: Callable[[int], tuple[np.ndarray, np.ndarray]]  # index -> image, mask
     protocol: dict[str, Any] = field(default_factory=dict)  # how the split was made, which files
-    files: list[Path] = field(default_factory=list)  # images and masks, where they are files
+    files: list[Path] = field(default_factory=list)  # of the images, where they are files
+    mask_files: list[Path] = field(default_factory=list)
 
     def __len__(self) -> int:
         """The number of labelled images."""
@@ -99,8 +100,10 @@ def set_of_files(
             )
         return image, mask.astype(np.uint8)
 
-    names, paths = [f.name for f in files], [p for f in files for p in (f.image, f.mask)]
-    return SegmentationSet(name, list(classes), names, load, protocol, paths)
+    names, images, masks = zip(*files, strict=True) if files else ((), (), ())
+    return SegmentationSet(
+        name, list(classes), list(names), load, protocol, list(images), list(masks)
+    )
 
 
 def paired(images: Path, masks: Path, layout: str) -> list[Files]:

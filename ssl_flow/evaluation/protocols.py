@@ -107,7 +107,7 @@ def open_data(kind: str, spec: str) -> Data:
         train, test = open_segmentation(spec, "train"), open_segmentation(spec, "test")
         unit = "sequences" if spec.startswith("davis:") else "images"
         about = {"classes": test.classes, "train": train.protocol, "test": test.protocol}
-        files = train.files + test.files
+        files = [p for part in (train, test) for p in (*part.files, *part.mask_files)]
         return _data(spec, kind, (train, test), test, train, about, unit, files)
     if kind == "videos":
         videos = open_videos(spec)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from ssl_flow.data.segmentation import SegmentationSet
@@ -119,6 +120,18 @@ def test_data_of_every_kind_can_be_shown():
         image, mask, name = opened.shown[0]
         assert image.shape[:2] == mask.shape and name.startswith("synthetic-")
         assert opened.digest == open_data(kind, "synthetic").digest
+
+
+def test_a_changed_mask_is_another_set(tmp_path):
+    for split in ("train", "test"):
+        for kind, shape in (("images", (8, 8, 3)), ("masks", (8, 8))):
+            (tmp_path / split / kind).mkdir(parents=True)
+            for i in range(5):
+                blank = Image.fromarray(np.zeros(shape, np.uint8))
+                blank.save(tmp_path / split / kind / f"{i}.png")
+    before = open_data("segmentation", f"folder:{tmp_path}").digest
+    Image.fromarray(np.full((8, 8), 255, np.uint8)).save(tmp_path / "train/masks/3.png")
+    assert open_data("segmentation", f"folder:{tmp_path}").digest != before
 
 
 class Colours(nn.Module):
