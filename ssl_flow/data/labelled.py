@@ -6,6 +6,7 @@ colours turned to grey.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +70,12 @@ class SegmentationSet:
     def __iter__(self) -> Iterator[Labelled]:
         """All images in order."""
         return (self[i] for i in range(len(self)))
+
+
+def split_details(spec: str, split: Split, names: Sequence[str]) -> dict[str, Any]:
+    """What a set's protocol tells of its images."""
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+    return {"spec": spec, "split": split, "images": len(names), "names_sha256": digest}
 
 
 def class_table(values: dict[int, int]) -> np.ndarray:

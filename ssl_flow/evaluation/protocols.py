@@ -119,10 +119,7 @@ def open_data(kind: str, spec: str) -> Data:
         return _data(spec, kind, (videos.videos,), shown, shown, about, "sequences", files)
     if kind == "images":
         sets = open_classification(spec, "train"), open_classification(spec, "test")
-        seen, shown = (
-            _images(s.name, [f"{p.parent.name}/{p.name}" for p in s.files], partial(_image_of, s))
-            for s in sets
-        )
+        seen, shown = (_images(s.name, s.names, partial(_image_of, s)) for s in sets)
         about = {"train": sets[0].protocol, "test": sets[1].protocol}
         files = [*sets[0].files, *sets[1].files]
         return _data(spec, kind, sets, shown, seen, about, "images", files)
