@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ssl_flow.data.labelled import IMAGE_SUFFIXES, Split, read_image, short_list
+from ssl_flow.data.labelled import IMAGE_SUFFIXES, Split, read_image, short_list, split_details
 
 _LAYOUT = "imagefolder: train/CLASS/NAME.jpg and {test or val}/CLASS/NAME.jpg"
 
@@ -29,6 +27,7 @@ class ClassificationSet:
 
     name: str
     classes: list[str]
+    names: list[str]  # CLASS/NAME.jpg
     files: list[Path]
     labels: np.ndarray  # (N,) int64
     protocol: dict[str, Any]
@@ -38,15 +37,8 @@ class ClassificationSet:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Classified:
-        """Image `index`, its class, and CLASS/NAME.jpg."""
-        path = self.files[index]
-        return Classified(
-            read_image(path), int(self.labels[index]), f"{path.parent.name}/{path.name}"
-        )
-
-    def __iter__(self) -> Iterator[Classified]:
-        """All images in order."""
-        return (self[i] for i in range(len(self)))
+        """Image `index`, its class and name."""
+        return Classified(read_image(self.files[index]), int(self.labels[index]), self.names[index])
 
 
 def open_classification(spec: str, split: Split) -> ClassificationSet:
@@ -80,15 +72,9 @@ def open_classification(spec: str, split: Split) -> ClassificationSet:
         raise ValueError(f"{root / wanted} has no images in {short_list(empty)}")
     files = [file for part in images for file in part]
     labels = np.repeat(np.arange(len(classes)), [len(part) for part in images])
-    names = "\n".join(f"{file.parent.name}/{file.name}" for file in files)
-    protocol = {
-        "rule": f"the folder {wanted}/",
-        "spec": spec,
-        "split": split,
-        "images": len(files),
-        "names_sha256": hashlib.sha256(names.encode()).hexdigest()[:16],
-    }
-    return ClassificationSet(root.resolve().name, classes, files, labels, protocol)
+    names = [f"{file.parent.name}/{file.name}" for file in files]
+    protocol = {"rule": f"the folder {wanted}/", **split_details(spec, split, names)}
+    return ClassificationSet(root.resolve().name, classes, names, files, labels, protocol)
 
 
 def _classes(folder: Path) -> list[str]:

@@ -9,7 +9,7 @@ in the 2016 release, ImageSets/480p), or frames/SEQUENCE/N.jpg with masks/SEQUEN
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,10 +62,6 @@ class Video:
         if mask.shape != self.shape:
             raise ValueError(f"{image_path} is {mask.shape}, the first frame is {self.shape}")
         return Labelled(image, self.table[mask].astype(np.uint8), name)
-
-    def __iter__(self) -> Iterator[Labelled]:
-        """All frames in order."""
-        return (self[i] for i in range(len(self)))
 
 
 @dataclass(frozen=True)

@@ -76,16 +76,25 @@ def synthetic(path: Path, split: Split) -> SegmentationSet:
 
 def read_classes(path: Path) -> tuple[list[str], np.ndarray]:
     """Names of the scored classes; table of 256: mask value -> class index, 255 ignore, -1 none."""
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     if not rows or not {"id", "name"} <= rows[0].keys():
         raise ValueError(f"{path}: expected the columns id,name[,ignore] and at least one row")
-    values = {IGNORE: IGNORE}  # unless listed, the usual value of "no label"
+    values: dict[int, int] = {}
     classes: list[str] = []
     for row in rows:
-        ignored = int(row.get("ignore") or 0)
-        if not 0 <= int(row["id"]) <= 255:
-            raise ValueError(f"{path}: id {row['id']} is not the value of an 8-bit mask, 0 to 255")
-        values[int(row["id"])] = IGNORE if ignored else len(classes)
-        classes += [] if ignored else [row["name"]]
-    return classes, class_table(values)
+        text, ignored = (
+            (row.get(key) or none).strip() for key, none in (("id", ""), ("ignore", "0"))
+        )
+        if not text.isdecimal() or (value := int(text)) > 255:
+            raise ValueError(f"{path}: id {text} is not the value of an 8-bit mask, 0 to 255")
+        if value in values:
+            raise ValueError(f"{path}: id {value} is there twice")
+        if ignored not in ("0", "1"):
+            raise ValueError(f"{path}: ignore = {ignored} of id {value}, expected 0 or 1")
+        values[value] = IGNORE if ignored == "1" else len(classes)
+        classes += [] if ignored == "1" else [row["name"]]
+    if not classes:
+        raise ValueError(f"{path}: every class is ignored")
+    # unless listed, 255 is the usual value of "no label"
+    return classes, class_table({IGNORE: IGNORE} | values)

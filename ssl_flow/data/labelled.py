@@ -6,6 +6,7 @@ colours turned to grey.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,26 +41,41 @@ class SegmentationSet:
     """One split of a labelled set; `set[i]` reads one image from the disk (nothing is cached)."""
 
     name: str  # for tables and file names
-    classes: list[str]  # the scored classes, in the order of the mask's indices
+    classes: list[str]  # in the order of the mask's indices; empty: any index
     names: list[str]  # one a labelled image
     load: Callable[[int], tuple[np.ndarray, np.ndarray]]  # index -> image, mask
     protocol: dict[str, Any] = field(default_factory=dict)  # how the split was made, which files
-    files: list[Path] = field(default_factory=list)  # images and masks, where they are files
+    files: list[Path] = field(default_factory=list)  # of the images, where they are files
+    mask_files: list[Path] = field(default_factory=list)
 
     def __len__(self) -> int:
         """The number of labelled images."""
         return len(self.names)
 
     def __getitem__(self, index: int) -> Labelled:
-        """Image `index`; ValueError (with the file's name) when its mask does not fit."""
+        """Image `index`; ValueError (with its name) when its mask does not fit."""
         if not -len(self) <= index < len(self):  # IndexError also ends `for item in set`
             raise IndexError(f"{self.name} has {len(self)} images, asked for index {index}")
         index %= len(self)
-        return Labelled(*self.load(index), self.names[index])
+        image, mask, name = item = Labelled(*self.load(index), self.names[index])
+        if mask.shape != image.shape[:2]:
+            shapes = f"{mask.shape}, its image {image.shape[:2]}"
+            raise ValueError(f"{self.name}: the mask of {name} is {shapes}")
+        wrong = mask[(mask >= len(self.classes)) & (mask != IGNORE)]
+        if self.classes and wrong.size:
+            found = f"class {wrong[0]}, expected 0..{len(self.classes) - 1} or {IGNORE}"
+            raise ValueError(f"{self.name}: the mask of {name} holds {found}")
+        return item
 
     def __iter__(self) -> Iterator[Labelled]:
         """All images in order."""
         return (self[i] for i in range(len(self)))
+
+
+def split_details(spec: str, split: Split, names: Sequence[str]) -> dict[str, Any]:
+    """What a set's protocol tells of its images."""
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+    return {"spec": spec, "split": split, "images": len(names), "names_sha256": digest}
 
 
 def class_table(values: dict[int, int]) -> np.ndarray:
@@ -91,8 +107,10 @@ def set_of_files(
             )
         return image, mask.astype(np.uint8)
 
-    names, paths = [f.name for f in files], [p for f in files for p in (f.image, f.mask)]
-    return SegmentationSet(name, list(classes), names, load, protocol, paths)
+    names, images, masks = zip(*files, strict=True) if files else ((), (), ())
+    return SegmentationSet(
+        name, list(classes), list(names), load, protocol, list(images), list(masks)
+    )
 
 
 def paired(images: Path, masks: Path, layout: str) -> list[Files]:

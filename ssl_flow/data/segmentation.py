@@ -8,13 +8,12 @@ An adapter checks the layout first and raises before any long work; nothing is e
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from ssl_flow.data.benchmarks import ade20k, cityscapes, cocostuff, voc
 from ssl_flow.data.davis import davis
 from ssl_flow.data.folders import camvid, folder, synthetic
-from ssl_flow.data.labelled import IGNORE, Labelled, SegmentationSet, Split
+from ssl_flow.data.labelled import IGNORE, Labelled, SegmentationSet, Split, split_details
 
 __all__ = ["IGNORE", "Labelled", "SegmentationSet", "Split", "open_segmentation"]
 
@@ -55,6 +54,5 @@ def open_segmentation(spec: str, split: Split) -> SegmentationSet:
     opened = _KINDS[kind](Path(path).expanduser(), split)
     if not len(opened):
         raise ValueError(f"{spec}: the {split} split is empty ({opened.protocol['rule']})")
-    digest = hashlib.sha256("\n".join(opened.names).encode()).hexdigest()[:16]
-    opened.protocol |= {"spec": spec, "split": split, "images": len(opened), "names_sha256": digest}
+    opened.protocol |= split_details(spec, split, opened.names)
     return opened

@@ -19,7 +19,7 @@ import numpy as np
 from ssl_flow.evaluation.outcome import Outcome
 from ssl_flow.flow.shard import write_atomically
 
-_VERSION = 1  # of the files and of what is hashed
+_VERSION = 2  # of the files and of what is hashed
 _HEIGHT = 240  # of the example images that are kept
 
 

@@ -161,9 +161,8 @@ def _pooled(
 def center_crop(image: np.ndarray, resize: int, crop: int) -> np.ndarray:
     """(H, W, 3) uint8 -> (crop, crop, 3): shorter side to `resize`, bicubic, then the middle."""
     height, width = image.shape[:2]
-    scale = resize / min(height, width)
     # The longer side is cut to whole pixels and the border rounded, as in torchvision.
-    size = (max(resize, int(width * scale)), max(resize, int(height * scale)))
+    size = (resize * width // min(height, width), resize * height // min(height, width))
     resized = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
     left, top = (round((side - crop) / 2) for side in size)
     return np.asarray(resized.crop((left, top, left + crop, top + crop)))

@@ -37,12 +37,11 @@ from ssl_flow.evaluation.metrics import ConfusionMatrix
 from ssl_flow.evaluation.outcome import Outcome
 from ssl_flow.evaluation.patch_features import (
     check_classes,
-    evaluating,
     image_features,
     resize_mask,
     shrink_mask,
 )
-from ssl_flow.evaluation.pixel_features import check_features
+from ssl_flow.evaluation.pixel_features import check_features, frozen
 from ssl_flow.evaluation.segmentation_scores import SegmentationScores
 from ssl_flow.models.encoder import Encoder
 
@@ -107,24 +106,24 @@ def run_clustering(
     check_classes(train_set, test_set)
     scores = SegmentationScores(test_set, examples)
     classes, ks = len(test_set.classes), (len(test_set.classes), protocol.overclusters)
-    with evaluating(encoder):
+    with frozen(encoder):
         sample = _sample(encoder, test_set, protocol, seed, progress)
         reduction, runs = _fit(sample, ks, protocol, seed, progress)
         channels, patches_used = sample.shape[1], len(sample)
         del sample
-        # A table (classes, K) for each run, and every image's clusters in all runs.
+        # A table (classes, K) for each run; every image's clusters in the runs of K = classes.
         tables = [np.zeros((classes, run.n_clusters), np.int64) for run in runs]
         clusters, lookup = [], np.empty(0, np.int64)
         for item, patches, stride in _walk(encoder, test_set, protocol, progress, "assign"):
             reduced = reduction.transform(patches.flatten(1).T.cpu().numpy())
-            found = np.stack([run.predict(reduced) for run in runs]).astype(np.int16)
+            found = np.stack([run.predict(reduced) for run in runs])
             pixels = np.arange(protocol.mask_size) * protocol.image_size // protocol.mask_size
             lookup = (pixels // stride)[:, None] * patches.shape[2] + pixels // stride
             mask = _small_mask(item.mask, protocol)
             for table, labels in zip(tables, found[:, lookup], strict=True):
                 np.add.at(table, (mask[mask != IGNORE], labels[mask != IGNORE]), 1)
-            clusters.append(found)
-    matches = [_match(table, one_to_one=table.shape[1] == classes) for table in tables]
+            clusters.append(found[: protocol.seeds].astype(np.uint8))
+    matches = [_match(table, one_to_one=i < protocol.seeds) for i, table in enumerate(tables)]
     mious = [_miou(table, match) for table, match in zip(tables, matches, strict=True)]
     same, over = np.split(np.array(mious), 2)
     shown = int(np.argsort(same)[(len(same) - 1) // 2])

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -25,9 +24,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ssl_flow.data.segmentation import IGNORE, Labelled, SegmentationSet
-from ssl_flow.evaluation.metrics import ConfusionMatrix
 from ssl_flow.evaluation.outcome import Outcome
 from ssl_flow.evaluation.pixel_features import check_finite, normalized_batches
+from ssl_flow.evaluation.segmentation_scores import SegmentationScores
 from ssl_flow.models.encoder import Encoder
 
 
@@ -118,32 +117,15 @@ def run_fine_tune(
     protocol = protocol or FineTune()
     if train_set.classes != test_set.classes:
         raise ValueError(f"classes differ: train {train_set.classes}, test {test_set.classes}")
-    start = time.perf_counter()
+    scores = SegmentationScores(test_set, examples)
     model = copy.deepcopy(encoder).requires_grad_()
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # the decoder's weights, and the encoder's dropout if it has some
         decoder = Decoder(model, len(train_set.classes), protocol)
         loss = _train(model, decoder, train_set, protocol, seed, progress)
-    counts, kept = _score(model, decoder, test_set, examples, progress)
-    scores = ConfusionMatrix(len(test_set.classes))
-    scores.counts = torch.from_numpy(counts.sum(0))
-    return Outcome(
-        scores={"miou": scores.miou(), "pixel_accuracy": scores.pixel_accuracy()},
-        counts=counts,
-        items=list(test_set.names),
-        per_class={
-            name: None if np.isnan(iou) else float(iou)
-            for name, iou in zip(test_set.classes, scores.iou(), strict=True)
-        },
-        details={
-            "seed": seed,
-            "train_images": len(train_set),
-            "loss": loss,
-            "parameters": sum(p.numel() for m in (model, decoder) for p in m.parameters()),
-            "seconds": round(time.perf_counter() - start, 1),
-        },
-        examples=kept,
-    )
+    _score(model, decoder, test_set, scores, progress)
+    parameters = sum(p.numel() for m in (model, decoder) for p in m.parameters())
+    return scores.outcome(seed=seed, train_images=len(train_set), loss=loss, parameters=parameters)
 
 
 def _train(
@@ -211,14 +193,15 @@ def _crops(
 
 @torch.no_grad()
 def _score(
-    model: Encoder, decoder: Decoder, dataset: SegmentationSet, examples: int, progress: bool
-) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
-    """Confusion matrix (N, K, K) of each image at full resolution, and a few predictions."""
+    model: Encoder,
+    decoder: Decoder,
+    dataset: SegmentationSet,
+    scores: SegmentationScores,
+    progress: bool,
+) -> None:
+    """Score every image at full resolution."""
     model.eval()
     decoder.eval()
-    counts: list[np.ndarray] = []
-    kept = []
-    wanted = set(np.linspace(0, len(dataset) - 1, min(examples, len(dataset))).astype(int).tolist())
     batches = normalized_batches(model, dataset, 1)  # logits at full resolution are large
     for items, images in tqdm(
         batches, desc="test", total=len(dataset), disable=not progress, leave=False
@@ -226,10 +209,4 @@ def _score(
         item, levels = items[0], model.features(images)
         check_finite(levels, 0, item.name)
         logits = decoder(levels, item.mask.shape)
-        prediction = logits[0].argmax(0).byte().cpu().numpy()
-        matrix = ConfusionMatrix(len(dataset.classes))
-        matrix.update(prediction, item.mask)
-        if len(counts) in wanted:
-            kept.append((item.image, item.mask, prediction))
-        counts.append(matrix.counts.numpy())
-    return np.stack(counts), kept
+        scores.add(item, logits[0].argmax(0).byte().cpu().numpy())

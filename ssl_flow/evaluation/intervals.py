@@ -3,10 +3,11 @@
 The percentile bootstrap (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, ch. 13): draw
 N of the N test images with replacement, score the draw, repeat; the 2.5 and 97.5 % points of these
 scores bound the interval. The score is the one that is reported: mIoU is taken from the summed
-confusion matrix of a draw, never averaged over images.
+counts of a draw, never averaged over images.
 
-Images must be independent of each other. Neighbouring frames of a video are not: give one value
-(or one summed matrix) a sequence, or the interval is too narrow.
+What is drawn must be independent. Frames of a video, and objects of one frame, are not: with
+`groups`, whole sequences are drawn (the cluster bootstrap), or the interval were too narrow. The
+score stays the one over images: of a mean, the ratio of the drawn groups' sums and sizes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ssl_flow.evaluation.metrics import miou_of
 from ssl_flow.evaluation.outcome import Outcome
 
 _CHUNK = 2**20
@@ -52,11 +54,16 @@ def better(a: Interval, b: Interval, larger_is_better: bool = True) -> bool:
 
 
 def interval_of_mean(
-    values: np.ndarray, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+    values: np.ndarray,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+    groups: Sequence[str] | None = None,
 ) -> Interval:
     """Interval of the mean of (N,) values, or of (S, N), the same N images under S seeds.
 
-    Images are drawn for all seeds together, and each draw is averaged over the seeds.
+    Images are drawn for all seeds together, and each draw is averaged over the seeds. `groups`:
+    the name of each image's group, of which all or none are drawn.
 
     Raises:
         ValueError: another shape, no images, a value that is not finite, a bad setting.
@@ -69,8 +76,9 @@ def interval_of_mean(
         found = table[seed_index, image]
         raise ValueError(f"the value of image {image} (seed {seed_index}) is {found}")
     per_image = table.mean(0)
-    draws = [w @ per_image / len(per_image) for w in _draws(len(per_image), 1, resamples, seed)]
-    return _interval(table.mean(1), np.concatenate(draws), len(per_image), confidence)
+    sums, sizes = (_grouped(x, groups) for x in (per_image, np.ones_like(per_image)))
+    draws = [w @ sums / (w @ sizes) for w in _draws(len(sums), 1, resamples, seed)]
+    return _interval(table.mean(1), np.concatenate(draws), len(sums), confidence)
 
 
 def interval_of_miou(
@@ -78,49 +86,51 @@ def interval_of_miou(
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
+    groups: Sequence[str] | None = None,
 ) -> Interval:
     """Interval of the mIoU over a set of images.
 
     Args:
-        counts: (N, K, K) confusion matrices (true, predicted), one an image; or several such, the
-            same N images under different seeds. As in `ConfusionMatrix.miou`, a class that neither
-            truth nor prediction of a draw has does not count in its mean.
+        counts: (N, 3, K) `ConfusionMatrix.sums` of every image; or several such, the same N images
+            under different seeds. As in `ConfusionMatrix.miou`, a class that neither truth nor
+            prediction of a draw has does not count in its mean.
         confidence: of the interval.
         resamples: number of draws.
         seed: of the draws.
+        groups: the name of each image's group, of which all or none are drawn.
 
     Raises:
         ValueError: other shapes, no counted pixel at all, a bad setting.
     """
-    matrices = [counts] if isinstance(counts, np.ndarray) and counts.ndim == 3 else list(counts)
-    shape = matrices[0].shape if matrices else ()
-    if len(shape) != 3 or shape[1] != shape[2] or not shape[0]:
-        raise ValueError(f"counts of shape {shape}, expected (N, K, K)")
-    if any(m.shape != shape for m in matrices):
-        raise ValueError(f"counts of different shapes: {[m.shape for m in matrices]}")
-    if not all(m.any() for m in matrices):
+    sums = [counts] if isinstance(counts, np.ndarray) and counts.ndim == 3 else list(counts)
+    shape = sums[0].shape if sums else ()
+    if len(shape) != 3 or shape[1] != 3 or not shape[0]:
+        raise ValueError(f"counts of shape {shape}, expected (N, 3, K)")
+    if any(s.shape != shape for s in sums):
+        raise ValueError(f"counts of different shapes: {[s.shape for s in sums]}")
+    if not all(s.any() for s in sums):
         raise ValueError("no pixel is counted: every label is ignored")
-    images, classes, _ = shape
-    # IoU needs only these 2K sums of a draw, not its whole K x K matrix.
-    parts = [
-        np.concatenate([hits, m.sum(1) + m.sum(2) - hits], axis=1, dtype=np.float64)
-        for m in matrices
-        for hits in [np.diagonal(m, axis1=1, axis2=2)]
-    ]  # (N, 2K): intersection and union of each class
-    draws = [
-        np.mean([_miou(w @ part) for part in parts], axis=0)
-        for w in _draws(images, 2 * classes, resamples, seed)
+    sums = [_grouped(s.astype(np.float64), groups) for s in sums]
+    units, _, classes = sums[0].shape
+    draws = [  # one of images without any counted pixel is nan, left out of the interval
+        np.mean([miou_of(np.tensordot(w, s, 1)) for s in sums], axis=0)
+        for w in _draws(units, 3 * classes, resamples, seed)
     ]
-    scores = np.array([_miou(part.sum(0)) for part in parts])
-    return _interval(scores, np.concatenate(draws), images, confidence)
+    scores = np.array([miou_of(s.sum(0)) for s in sums])
+    return _interval(scores, np.concatenate(draws), units, confidence)
 
 
 def interval_of_outcomes(
-    outcomes: Sequence[Outcome], score: str, resamples: int = 2000, seed: int = 0
+    outcomes: Sequence[Outcome],
+    score: str,
+    resamples: int = 2000,
+    seed: int = 0,
+    groups: Sequence[str] | None = None,
 ) -> Interval:
     """95 % interval of one score of one encoder, from its outcomes under one or several seeds.
 
-    `values[score]` is used where the score is a mean over images, `counts` for `miou`.
+    `values[score]` is used where the score is a mean over images, `counts` for `miou`; `groups`
+    (of `items`): see `interval_of_mean`.
 
     Raises:
         ValueError: outcomes on different images, or with neither values nor counts of this score.
@@ -129,22 +139,22 @@ def interval_of_outcomes(
         raise ValueError("the outcomes are none, or not of the same images in the same order")
     if all(score in o.values for o in outcomes):
         values = np.stack([o.values[score] for o in outcomes])
-        return interval_of_mean(values, resamples=resamples, seed=seed)
+        return interval_of_mean(values, resamples=resamples, seed=seed, groups=groups)
     counts = [o.counts for o in outcomes if o.counts is not None]
     if score != "miou" or len(counts) != len(outcomes):
         known = [*outcomes[0].values, *(["miou"] if outcomes[0].counts is not None else [])]
         raise ValueError(f"no values per image of {score!r}; known: {', '.join(known) or 'none'}")
-    return interval_of_miou(counts, resamples=resamples, seed=seed)
+    return interval_of_miou(counts, resamples=resamples, seed=seed, groups=groups)
 
 
-def _miou(parts: np.ndarray) -> np.ndarray:
-    """(..., 2K) intersections and unions -> (...) mean over the classes with a union."""
-    hits, union = np.split(parts, 2, axis=-1)
-    present = union > 0
-    iou = np.divide(hits, union, out=np.zeros_like(hits), where=present)
-    # a draw of images without any counted pixel has no class: nan, left out of the interval
-    with np.errstate(invalid="ignore"):
-        return np.asarray(iou.sum(-1) / present.sum(-1))
+def _grouped(values: np.ndarray, groups: Sequence[str] | None) -> np.ndarray:
+    """(N, ...) -> (G, ...), the sum over each group."""
+    if groups is None:
+        return values
+    _, index = np.unique(groups, return_inverse=True)
+    sums = np.zeros((index.max() + 1, *values.shape[1:]))
+    np.add.at(sums, index, values)
+    return sums
 
 
 def _draws(images: int, width: int, resamples: int, seed: int) -> Iterator[np.ndarray]:

@@ -45,17 +45,33 @@ class ConfusionMatrix:
         pairs = torch.bincount(true * classes + predicted, minlength=classes**2)
         self.counts += pairs.view(classes, classes)
 
+    def sums(self) -> np.ndarray:
+        """(3, num_classes) int64, all that the scores need: pixels of each class that are right, of
+        the truth, of the prediction."""
+        return torch.stack([self.counts.diag(), self.counts.sum(1), self.counts.sum(0)]).numpy()
+
     def iou(self) -> np.ndarray:
         """IoU per class, (num_classes,) float64; nan where neither truth nor prediction has it."""
-        hits = self.counts.diag().double()
-        union = self.counts.sum(0) + self.counts.sum(1) - hits
-        return (hits / union).numpy()  # 0/0 = nan
+        return iou_of(self.sums())
 
     def miou(self) -> float:
         """Mean IoU over the classes present in truth or prediction; nan before any update."""
-        iou = self.iou()
-        return float(np.mean(iou[~np.isnan(iou)])) if not np.isnan(iou).all() else float("nan")
+        return float(miou_of(self.sums()))
 
     def pixel_accuracy(self) -> float:
         """Share of the counted pixels that are right."""
-        return float(self.counts.diag().sum() / self.counts.sum())
+        return float(self.counts.diag().sum().double() / self.counts.sum())
+
+
+def iou_of(sums: np.ndarray) -> np.ndarray:
+    """IoU (..., K) of (..., 3, K) `ConfusionMatrix.sums`; nan where a class is in neither."""
+    right, true, predicted = np.moveaxis(sums, -2, 0)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(right / (true + predicted - right))
+
+
+def miou_of(sums: np.ndarray) -> np.ndarray:
+    """(..., 3, K) -> (...): the mean over the classes that are there; nan where none is."""
+    iou = iou_of(sums)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.nansum(iou, -1) / (~np.isnan(iou)).sum(-1))

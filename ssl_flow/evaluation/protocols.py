@@ -81,11 +81,11 @@ class Data:
     """The images that give a random encoder its BatchNorm statistics."""
     about: dict[str, Any]
     unit: str
-    """Over what intervals are taken: images, sequences, objects, pairs."""
+    """Over what intervals are taken: images, sequences, pairs."""
     digest: str
 
     def unit_of(self, item: str) -> str:
-        """Scored items of the same name here belong together (frames of a sequence)."""
+        """Scored items of the same name here belong together (frames or objects of a sequence)."""
         return item.rpartition("/")[0] if self.unit == "sequences" else item
 
 
@@ -107,7 +107,7 @@ def open_data(kind: str, spec: str) -> Data:
         train, test = open_segmentation(spec, "train"), open_segmentation(spec, "test")
         unit = "sequences" if spec.startswith("davis:") else "images"
         about = {"classes": test.classes, "train": train.protocol, "test": test.protocol}
-        files = train.files + test.files
+        files = [p for part in (train, test) for p in (*part.files, *part.mask_files)]
         return _data(spec, kind, (train, test), test, train, about, unit, files)
     if kind == "videos":
         videos = open_videos(spec)
@@ -116,13 +116,10 @@ def open_data(kind: str, spec: str) -> Data:
         names = [video.files[i].name for video, i in frames]
         shown = _images(videos.name, names, lambda k: frames[k][0][frames[k][1]][:2])
         about = {"test": videos.protocol}
-        return _data(spec, kind, (videos.videos,), shown, shown, about, "objects", files)
+        return _data(spec, kind, (videos.videos,), shown, shown, about, "sequences", files)
     if kind == "images":
         sets = open_classification(spec, "train"), open_classification(spec, "test")
-        seen, shown = (
-            _images(s.name, [f"{p.parent.name}/{p.name}" for p in s.files], partial(_image_of, s))
-            for s in sets
-        )
+        seen, shown = (_images(s.name, s.names, partial(_image_of, s)) for s in sets)
         about = {"train": sets[0].protocol, "test": sets[1].protocol}
         files = [*sets[0].files, *sets[1].files]
         return _data(spec, kind, sets, shown, seen, about, "images", files)

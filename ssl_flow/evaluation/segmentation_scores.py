@@ -6,16 +6,15 @@ import time
 from typing import Any
 
 import numpy as np
-import torch
 
 from ssl_flow.data.segmentation import Labelled, SegmentationSet
-from ssl_flow.evaluation.metrics import ConfusionMatrix
+from ssl_flow.evaluation.metrics import ConfusionMatrix, iou_of, miou_of
 from ssl_flow.evaluation.outcome import Outcome
 from ssl_flow.evaluation.patch_features import resize_image
 
 
 class SegmentationScores:
-    """A confusion matrix for each image of a set, and a few images to look at.
+    """What is right of each image of a set, and a few images to look at.
 
     >>> scores = SegmentationScores(test_set, examples=6)
     >>> scores.add(item, prediction)
@@ -41,16 +40,25 @@ class SegmentationScores:
         if len(self._items) in self._wanted:
             image = resize_image(item.image, prediction.shape)
             self._examples.append((image, mask, prediction.astype(np.uint8)))
-        self._counts.append(matrix.counts.numpy())
+        self._counts.append(matrix.sums())
         self._items.append(item.name)
 
     def outcome(self, **details: Any) -> Outcome:  # noqa: ANN401 (whatever JSON holds)
-        """mIoU and pixel accuracy over all pixels of the set; `details` as given."""
-        counts, total = np.stack(self._counts), ConfusionMatrix(len(self._dataset.classes))
-        total.counts = torch.from_numpy(counts.sum(0))
-        iou = [None if np.isnan(v) else float(v) for v in total.iou()]
+        """mIoU and pixel accuracy over all pixels of the set; `details` as given.
+
+        Raises:
+            ValueError: every label is ignored.
+        """
+        counts = np.stack(self._counts)
+        right, true, _ = total = counts.sum(0)
+        if not true.any():
+            raise ValueError(f"{self._dataset.name}: no pixel to score has a label")
+        iou = [None if np.isnan(v) else float(v) for v in iou_of(total)]
         return Outcome(
-            scores={"miou": total.miou(), "pixel_accuracy": total.pixel_accuracy()},
+            scores={
+                "miou": float(miou_of(total)),
+                "pixel_accuracy": float(right.sum() / true.sum()),
+            },
             counts=counts,
             items=self._items,
             per_class=dict(zip(self._dataset.classes, iou, strict=True)),

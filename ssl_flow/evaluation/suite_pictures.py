@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 
 from ssl_flow.evaluation import feature_pictures as features
+from ssl_flow.evaluation.metrics import miou_of
 from ssl_flow.evaluation.outcome import Outcome
 from ssl_flow.evaluation.pictures import palette
 from ssl_flow.evaluation.protocols import Data
@@ -45,7 +46,7 @@ def hardest(
     score, columns = table["headline"], {}
     for label, outcome in outcomes.items():
         if outcome.counts is not None:
-            columns[label] = _miou_of_each(outcome.counts)
+            columns[label] = miou_of(outcome.counts)
         elif score in outcome.values:
             columns[label] = outcome.values[score]
     if not columns:
@@ -74,15 +75,6 @@ def hardest(
         "heads": ["", *(items[i] for i in worst)],
         "rows": [[label, *(short(values[i]) for i in worst)] for label, values in columns.items()],
     }
-
-
-def _miou_of_each(counts: np.ndarray) -> np.ndarray:
-    """(N, K, K) -> (N,) the mIoU of each image; nan where every label is ignored."""
-    hits = np.diagonal(counts, axis1=1, axis2=2).astype(float)
-    union = counts.sum(1) + counts.sum(2) - hits
-    iou = np.divide(hits, union, out=np.zeros_like(hits), where=union > 0)
-    with np.errstate(invalid="ignore"):
-        return np.asarray(iou.sum(1) / (union > 0).sum(1))
 
 
 def feature_strips(data: Data, cells: Sequence[Cell], options: Options) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from ssl_flow.evaluation.protocols import Data, describe
 from ssl_flow.evaluation.suite import Cell
 
 NOTE = (
-    "Brackets: 95 % bootstrap interval over the test images (or sequences, objects, pairs, as said "
-    "below a table), which are taken as independent; where they are frames of one video, or few, "
+    "Brackets: 95 % bootstrap interval over the test images (or sequences, pairs, as said below "
+    "a table), which are taken as independent; where they are frames of one video, or few, "
     "it is too narrow. ±: standard deviation over runs. Bold: the best value. One encoder is "
     "called better than another only where neither their intervals nor their runs overlap."
 )
@@ -36,7 +36,7 @@ def _table(data: Data, cells: list[Cell]) -> dict[str, Any]:
     rows, headlines, units, headline = [], {}, 0, ""
     for label in dict.fromkeys(cell.label for cell in cells):
         mine = [cell for cell in cells if cell.label == label]
-        outcomes = [by_unit(cell.outcome, data) for cell in mine if cell.outcome is not None]
+        outcomes = [cell.outcome for cell in mine if cell.outcome is not None]
         row: dict[str, Any] = {
             "encoder": label,
             "runs": [
@@ -51,9 +51,10 @@ def _table(data: Data, cells: list[Cell]) -> dict[str, Any]:
         }  # fmt: skip
         rows.append(row)
         if outcomes:
-            found = {name: _interval(outcomes, name) for name in outcomes[0].scores}
+            groups = [data.unit_of(item) for item in outcomes[0].items]
+            found = {name: _interval(outcomes, name, groups) for name in outcomes[0].scores}
             headline = next(iter(found))
-            headlines[label], units = found[headline], len(outcomes[0].items)
+            headlines[label], units = found[headline], len(set(groups))
             row["scores"] = {name: _as_dict(interval) for name, interval in found.items()}
     larger = not smaller_is_better(headline)
     for row in (row for row in rows if row["encoder"] in headlines):
@@ -76,26 +77,15 @@ def _table(data: Data, cells: list[Cell]) -> dict[str, Any]:
     }
 
 
-def by_unit(outcome: Outcome, data: Data) -> Outcome:
-    """The outcome with the confusion matrices of dependent images (of a sequence) summed."""
-    if outcome.counts is None or data.unit != "sequences":
-        return outcome
-    names = [data.unit_of(item) for item in outcome.items]
-    units = list(dict.fromkeys(names))
-    counts = np.zeros((len(units), *outcome.counts.shape[1:]), outcome.counts.dtype)
-    np.add.at(counts, [units.index(name) for name in names], outcome.counts)
-    return replace(outcome, counts=counts, items=units)
-
-
 def smaller_is_better(score: str) -> bool:
     """Whether a score is an error."""
     return "error" in score or "decay" in score
 
 
-def _interval(outcomes: Sequence[Outcome], score: str) -> Interval:
+def _interval(outcomes: Sequence[Outcome], score: str, groups: Sequence[str]) -> Interval:
     seeds = tuple(outcome.scores[score] for outcome in outcomes)
     try:
-        found = interval_of_outcomes(outcomes, score)
+        found = interval_of_outcomes(outcomes, score, groups=groups)
     except ValueError:  # no values of single images: the seeds alone tell
         found = Interval(math.nan, math.nan, math.nan, seeds)
     # A protocol's own mean (of several k-means runs) counts, where counts are of one of them.

@@ -30,8 +30,9 @@ class WrappedEncoder(Encoder):
         Args:
             network: a module or function; it, or its `features`, takes (B, 3, H, W) images with
                 sides that are multiples of all its strides, and gives a map (B, C, H/s, W/s), or a
-                list or dict of maps. Its `channels` and `strides`, if any, must be these. Its
-                `normalize` ((B, H, W, 3) uint8 -> images), if any, replaces `normalization`.
+                list or dict of maps, fine to coarse. Its `channels` and `strides`, if any, must be
+                these. Its `normalize` ((B, H, W, 3) uint8 -> images), if any, replaces
+                `normalization`.
             name: for messages.
             normalization: ImageNet's by default.
 
@@ -62,10 +63,13 @@ class WrappedEncoder(Encoder):
         """Find strides and channels; see that they hold for another size, too."""
         image = torch.rand(1, 3, *_PROBE, generator=torch.Generator().manual_seed(0))
         image = image.to(device_of(self))
-        for level in self._run(image):
-            self.strides.append(_PROBE[0] // max(1, level.shape[2]))
-            self.channels.append(level.shape[1])
-            self._check(level, image, self.strides[-1])
+        maps = self._maps(image)
+        self.strides = [_PROBE[0] // level.shape[2] for level in maps]
+        self.channels = [level.shape[1] for level in maps]
+        if self.strides != sorted(self.strides):
+            raise ValueError(
+                f"{self.architecture} gives maps of strides {self.strides}; expected fine to coarse"
+            )
         for name in ("strides", "channels"):
             measured = getattr(self, name)
             if list(getattr(network, name, measured)) != measured:
@@ -75,12 +79,6 @@ class WrappedEncoder(Encoder):
         self.features(torch.zeros(2, 3, 3 * side - 1, 2 * side).to(image))
 
     def _maps(self, images: Tensor) -> list[Tensor]:
-        maps = self._run(images)
-        for level, stride in zip(maps, self.strides, strict=True):
-            self._check(level, images, stride)
-        return maps
-
-    def _run(self, images: Tensor) -> list[Tensor]:
         features = getattr(self.backbone, "features", self.backbone)
         maps = features(images.contiguous())  # it may call view() on what comes of it
         maps = list(maps.values()) if isinstance(maps, Mapping) else maps
@@ -92,16 +90,17 @@ class WrappedEncoder(Encoder):
                     f"{self.architecture} gives {found} for images of {tuple(images.shape)}; "
                     "expected a map (B, C, H/s, W/s), or a list or dict of maps"
                 )
+        height, width = images.shape[2:]
+        strides = self.strides or [height // max(1, level.shape[2]) for level in maps]
+        for level, stride in zip(maps, strides, strict=True):
+            rows, columns = level.shape[2:]
+            if (rows * stride, columns * stride) != (height, width):
+                raise ValueError(
+                    f"{self.architecture} gives a map of {rows} x {columns} for an image of "
+                    f"{height} x {width} (rows x columns): no whole stride s with H/s x W/s. "
+                    "Pad its convolutions; pooled vectors and token lists are no maps"
+                )
         return maps
-
-    def _check(self, level: Tensor, images: Tensor, stride: int) -> None:
-        sides = [side * stride for side in level.shape[2:]]
-        if sides != list(images.shape[2:]):
-            raise ValueError(
-                f"{self.architecture} gives a map of {level.shape[2]} x {level.shape[3]} for an "
-                f"image of {images.shape[2]} x {images.shape[3]} (rows x columns): no whole stride "
-                "s with H/s x W/s. Pad its convolutions; pooled vectors and token lists are no maps"
-            )
 
 
 class _Function(nn.Module):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssl_flow.data.segmentation import IGNORE, open_segmentation
+from ssl_flow.data.segmentation import IGNORE, SegmentationSet, open_segmentation
 
 REAL = Path(__file__).parents[3] / "shared/data"
 
@@ -58,10 +58,25 @@ def test_camvid_is_judged_on_its_test_split_where_it_has_one(camvid):
     assert open_segmentation(f"camvid:{camvid}", "test").names == ["test0"]
 
 
-def test_class_ids_must_fit_a_mask(camvid):
-    (camvid / "classes.csv").write_text("id,name\n256,sky\n")
-    with pytest.raises(ValueError, match=r"classes\.csv: id 256 .* 0 to 255"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id,name\n256,sky\n", "id 256 is not the value of an 8-bit mask, 0 to 255"),
+        ("id,name\nsky,0\n", "id sky is not the value of an 8-bit mask, 0 to 255"),
+        ("id,name,ignore\n0,sky,no\n", "ignore = no of id 0, expected 0 or 1"),
+        ("id,name\n0,sky\n1,road\n0,car\n", "id 0 is there twice"),
+        ("id,name,ignore\n0,sky,1\n1,road,1\n", "every class is ignored"),
+    ],
+)
+def test_bad_classes_are_named(camvid, text, message):
+    (camvid / "classes.csv").write_text(text)
+    with pytest.raises(ValueError, match=rf"classes\.csv: {message}"):
         open_segmentation(f"camvid:{camvid}", "train")
+
+
+def test_classes_as_spreadsheets_write_them(camvid):
+    (camvid / "classes.csv").write_bytes(b"\xef\xbb\xbfid,name\r\n0,sky\r\n1,void\r\n")
+    assert open_segmentation(f"camvid:{camvid}", "train").classes == ["sky", "void"]
 
 
 def test_davis_splits_by_sequence(davis):
@@ -167,6 +182,21 @@ def test_bad_files_are_named(camvid):
     (camvid / "classes.csv").write_text("number,label\n1,sky\n")
     with pytest.raises(ValueError, match=r"classes\.csv: expected the columns"):
         open_segmentation(f"camvid:{camvid}", "train")
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.zeros((2, 3), np.uint8), r"mine: the mask of first is \(2, 3\), its image \(3, 3\)"),
+        (np.diag([7, 0, 255]), r"mine: the mask of first holds class 7, expected 0\.\.2 or 255"),
+    ],
+)
+def test_masks_of_a_set_made_in_memory_are_checked_too(mask, message):
+    load = lambda i: (np.zeros((3, 3, 3), np.uint8), mask)  # noqa: E731
+    with pytest.raises(ValueError, match=message):
+        SegmentationSet("mine", ["a", "b", "c"], ["first"], load)[0]
+    if mask.shape == (3, 3):
+        assert SegmentationSet("mine", [], ["first"], load)[0].mask is mask  # of any index
 
 
 @pytest.mark.skipif(not REAL.exists(), reason=f"no real data beside the checkout ({REAL})")

@@ -59,10 +59,8 @@ def test_images_that_show_the_label_give_one(encoder):
     result = run_fine_tune(encoder, _set(0), _set(1), QUICK, examples=2)
     assert result.scores["miou"] > 0.99 and result.scores["pixel_accuracy"] > 0.99
     assert list(result.per_class) == ["class0", "class1", "class2"]
-    assert result.counts.shape == (6, 3, 3) and (result.counts.sum((1, 2)) == 24 * 28).all()
-    assert result.counts.diagonal(axis1=1, axis2=2).sum() == pytest.approx(
-        result.scores["pixel_accuracy"] * 6 * 24 * 28
-    )
+    assert result.counts.shape == (6, 3, 3) and (result.counts[:, 1].sum(1) == 24 * 28).all()
+    assert result.counts[:, 0].sum() == pytest.approx(result.scores["pixel_accuracy"] * 6 * 24 * 28)
     assert [image.shape for image, _, _ in result.examples] == [(24, 28, 3)] * 2
 
 
@@ -145,7 +143,7 @@ def test_ignored_pixels_neither_teach_nor_count(encoder):
             np.where(np.arange(28) < 14, load(i)[1], 255).astype(np.uint8),
         )
     result = run_fine_tune(encoder, train, test, QUICK)
-    assert result.scores["miou"] > 0.99 and result.counts.sum() == 6 * 24 * 14
+    assert result.scores["miou"] > 0.99 and result.counts[:, 1].sum() == 6 * 24 * 14
 
 
 def test_bad_input(encoder):

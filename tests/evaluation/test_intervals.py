@@ -28,6 +28,11 @@ def _images(rng, images, classes=4):
     return rng.multinomial(true, chance)
 
 
+def _sums(counts):
+    """(N, K, K) -> (N, 3, K), what an outcome keeps."""
+    return np.stack([counts.diagonal(axis1=1, axis2=2), counts.sum(2), counts.sum(1)], axis=1)
+
+
 def test_coverage_of_the_mean():
     rng = np.random.default_rng(0)
     truth = 2 / 7  # the mean of Beta(2, 5)
@@ -44,7 +49,7 @@ def test_coverage_of_miou():
     everything.counts = torch.from_numpy(_images(rng, 50_000).sum(0))
     hits = 0
     for i in range(200):
-        found = interval_of_miou(_images(rng, 40), resamples=300, seed=i)
+        found = interval_of_miou(_sums(_images(rng, 40)), resamples=300, seed=i)
         hits += found.low <= everything.miou() <= found.high
     assert 0.88 <= hits / 200 <= 0.99
 
@@ -68,7 +73,7 @@ def test_miou_is_that_of_torchmetrics_and_scikit_learn():
     counts = np.zeros((12, 5, 5), np.int64)
     for image in range(12):
         np.add.at(counts[image], (truth[image], prediction[image]), 1)
-    found = interval_of_miou(counts).value
+    found = interval_of_miou(_sums(counts)).value
     theirs = MulticlassJaccardIndex(5)(torch.from_numpy(prediction), torch.from_numpy(truth))
     assert found == pytest.approx(float(theirs), abs=1e-6)
     expected = jaccard_score(truth.ravel(), prediction.ravel(), average="macro")
@@ -80,7 +85,7 @@ def test_draws_are_scored_as_sets_and_absent_classes_left_out():
     rng = np.random.default_rng(4)
     counts = _images(rng, 7)
     counts[1:, :, 3] = counts[1:, 3, :] = 0  # only the first image has class 3
-    found = interval_of_miou(counts, resamples=50, seed=5)
+    found = interval_of_miou(_sums(counts), resamples=50, seed=5)
     draws = np.random.default_rng(5).integers(0, 7, (50, 7))
     scores = []
     for draw in draws:
@@ -92,7 +97,8 @@ def test_draws_are_scored_as_sets_and_absent_classes_left_out():
 
 
 def test_memory_is_bounded_without_changing_the_draws(monkeypatch):
-    values, counts = np.random.default_rng(6).random(50), _images(np.random.default_rng(6), 50)
+    values = np.random.default_rng(6).random(50)
+    counts = _sums(_images(np.random.default_rng(6), 50))
     whole = interval_of_mean(values), interval_of_miou(counts)
     sizes, draw = [], intervals._draws
     monkeypatch.setattr(intervals, "_CHUNK", 700)
@@ -113,14 +119,41 @@ def test_seeds_share_the_images_and_are_told_apart_from_them():
     assert three.spread == pytest.approx(0.1)
     # images drawn jointly: the same interval, neither wider nor narrower
     assert (three.value, three.low, three.high) == pytest.approx((one.value, one.low, one.high))
-    counts = _images(rng, 30)
+    counts = _sums(_images(rng, 30))
     one, two = interval_of_miou(counts), interval_of_miou([counts, counts])
     assert two.seeds == (one.value, one.value) and two.spread == 0
     assert (two.value, two.low, two.high) == pytest.approx((one.value, one.low, one.high))
 
 
+def test_images_of_a_group_are_drawn_together():
+    """Against a loop that draws whole sequences and scores their images as one set."""
+    rng = np.random.default_rng(9)
+    groups = ["a", "b", "a", "c", "b", "a"]  # unequal: the mean is of the images, not the groups
+    values, counts = rng.random(6), _sums(_images(rng, 6))
+    members = [[i for i, name in enumerate(groups) if name == group] for group in "abc"]
+    means, mious = [], []
+    for draw in np.random.default_rng(5).integers(0, 3, (50, 3)):
+        drawn = [i for group in draw for i in members[group]]
+        means.append(values[drawn].mean())
+        mious.append(interval_of_miou(counts[drawn]).value)
+    for run, table, scores in (
+        (interval_of_mean, values, means), (interval_of_miou, counts, mious)
+    ):  # fmt: skip
+        found = run(table, resamples=50, seed=5, groups=groups)
+        assert (found.low, found.high) == pytest.approx(tuple(np.quantile(scores, [0.025, 0.975])))
+        assert found.value == pytest.approx(run(table).value)
+    copied = interval_of_mean(np.tile(values, 10), groups=list("abcdef") * 10)
+    assert (copied.low, copied.high) == pytest.approx(
+        (interval_of_mean(values).low, interval_of_mean(values).high)
+    )  # ten copies tell no more than one
+    outcome = Outcome({"J": 0.5}, values={"J": values}, items=[f"{g}/object" for g in groups])
+    assert interval_of_outcomes([outcome], "J", groups=groups) == interval_of_mean(
+        values, groups=groups
+    )
+
+
 def test_one_image_has_no_interval_and_is_never_better():
-    for found in (interval_of_mean(np.array([0.7])), interval_of_miou(np.eye(3)[None])):
+    for found in (interval_of_mean(np.array([0.7])), interval_of_miou(np.ones((1, 3, 3)))):
         assert found.value in (0.7, 1.0) and math.isnan(found.low) and math.isnan(found.high)
         low = Interval(0.1, 0.05, 0.15, (0.1,))
         assert not better(found, low) and not better(low, found)
@@ -137,7 +170,7 @@ def test_better_only_without_overlap():
 
 def test_outcomes():
     rng = np.random.default_rng(8)
-    counts, values = _images(rng, 6), rng.random(6)
+    counts, values = _sums(_images(rng, 6)), rng.random(6)
     names = [f"image{i}" for i in range(6)]
 
     def outcome(**given):
@@ -159,8 +192,8 @@ def test_bad_input():
         interval_of_mean(np.array([0.1, np.nan]))
     with pytest.raises(ValueError, match=r"shape \(0,\), expected \(N,\)"):
         interval_of_mean(np.array([]))
-    for bad in (np.ones((3, 3)), [np.ones((2, 3, 4))], [], np.ones((0, 3, 3))):
-        with pytest.raises(ValueError, match=r"expected \(N, K, K\)"):
+    for bad in (np.ones((3, 3)), [np.ones((2, 4, 3))], [], np.ones((0, 3, 3))):
+        with pytest.raises(ValueError, match=r"expected \(N, 3, K\)"):
             interval_of_miou(bad)
     with pytest.raises(ValueError, match="different shapes"):
         interval_of_miou([np.ones((2, 3, 3)), np.ones((3, 3, 3))])

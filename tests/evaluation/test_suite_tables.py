@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from ssl_flow.data.segmentation import SegmentationSet
@@ -18,14 +19,15 @@ from ssl_flow.evaluation.feature_pictures import (
 from ssl_flow.evaluation.outcome import Outcome
 from ssl_flow.evaluation.protocols import Data, open_data
 from ssl_flow.evaluation.suite import Cell, parse_row
-from ssl_flow.evaluation.suite_tables import as_csv, as_markdown, by_unit, tables
+from ssl_flow.evaluation.suite_tables import as_csv, as_markdown, tables
 
 ABOUT = {"protocol": {"name": "dense-knn"}, "encoder": "e", "seed": 0}
 
 
 def outcome(right, images=8, wrong=2):
     """Every image has `right` pixels of each of 2 classes right and `wrong` of class 0 wrong."""
-    counts = np.tile(np.array([[right, wrong], [0, right]]), (images, 1, 1))
+    sums = [[right, right], [right + wrong, right], [right, right + wrong]]
+    counts = np.tile(np.array(sums), (images, 1, 1))
     miou = (right / (right + wrong)) if right else 0.0
     return Outcome({"miou": miou}, counts, items=[f"video{i % 4}/{i}" for i in range(images)])
 
@@ -91,10 +93,14 @@ def test_better_is_said_only_where_intervals_and_runs_are_apart(data):
     assert lines[-1].startswith("fake,dense-knn,1,gone,miou,,,,,1,1")
 
 
-def test_frames_of_a_sequence_are_one_unit(data):
-    grouped = by_unit(outcome(5), data)
-    assert grouped.items == ["video0", "video1", "video2", "video3"]
-    np.testing.assert_array_equal(grouped.counts, outcome(10, 4, 4).counts)
+def test_objects_of_a_sequence_are_drawn_together(data):
+    values = {"J": np.repeat([0.2, 0.6, 0.7], 10)}
+    items = [f"video{i // 10}/object {i % 10 + 1}" for i in range(30)]
+    (table,) = tables([cell(data, "e", Outcome({"J": 0.5}, values=values, items=items))])
+    score = table["rows"][0]["scores"]["J"]
+    assert (table["units"], score["value"]) == (3, 0.5)
+    # as three independent values, not as thirty
+    assert (score["low"], score["high"]) == pytest.approx((0.2, 0.7))
 
 
 def test_a_row_of_encoders():
@@ -114,6 +120,18 @@ def test_data_of_every_kind_can_be_shown():
         image, mask, name = opened.shown[0]
         assert image.shape[:2] == mask.shape and name.startswith("synthetic-")
         assert opened.digest == open_data(kind, "synthetic").digest
+
+
+def test_a_changed_mask_is_another_set(tmp_path):
+    for split in ("train", "test"):
+        for kind, shape in (("images", (8, 8, 3)), ("masks", (8, 8))):
+            (tmp_path / split / kind).mkdir(parents=True)
+            for i in range(5):
+                blank = Image.fromarray(np.zeros(shape, np.uint8))
+                blank.save(tmp_path / split / kind / f"{i}.png")
+    before = open_data("segmentation", f"folder:{tmp_path}").digest
+    Image.fromarray(np.full((8, 8), 255, np.uint8)).save(tmp_path / "train/masks/3.png")
+    assert open_data("segmentation", f"folder:{tmp_path}").digest != before
 
 
 class Colours(nn.Module):

@@ -99,6 +99,7 @@ fixed = lambda: lambda x: F.avg_pool2d(x.view(len(x), 3, 224, 448), 4)
 two, declares = Two, Declares
 plain = lambda: nn.Sequential(nn.Conv2d(3, 7, 8, 8), nn.BatchNorm2d(7))
 function = lambda: lambda x: {"a": F.avg_pool2d(x, 4), "b": F.avg_pool2d(x.view(x.shape), 14)}
+coarse_first = lambda: lambda x: [F.avg_pool2d(x, 14), F.avg_pool2d(x, 2)]
 unpadded = lambda: nn.Conv2d(3, 4, 3)
 pooled = lambda: nn.AdaptiveAvgPool2d(1)
 tokens = lambda: lambda x: x.flatten(2)
@@ -155,6 +156,7 @@ def test_a_users_function(user, name, strides, channels):
         ("my_networks:pooled", "map of 1 x 1 for an image"),
         ("my_networks:tokens", r"gives \(1, 3, 100352\) for images"),
         ("my_networks:declares", r"strides = \[2, 4\], but its maps have \[2, 14\]"),
+        ("my_networks:coarse_first", r"maps of strides \[14, 2\]; expected fine to coarse"),
         ("my_networks:fixed", "does not take images of any size"),
     ],
 )
