@@ -37,12 +37,11 @@ from ssl_flow.evaluation.metrics import ConfusionMatrix
 from ssl_flow.evaluation.outcome import Outcome
 from ssl_flow.evaluation.patch_features import (
     check_classes,
-    evaluating,
     image_features,
     resize_mask,
     shrink_mask,
 )
-from ssl_flow.evaluation.pixel_features import check_features
+from ssl_flow.evaluation.pixel_features import check_features, frozen
 from ssl_flow.evaluation.segmentation_scores import SegmentationScores
 from ssl_flow.models.encoder import Encoder
 
@@ -107,7 +106,7 @@ def run_clustering(
     check_classes(train_set, test_set)
     scores = SegmentationScores(test_set, examples)
     classes, ks = len(test_set.classes), (len(test_set.classes), protocol.overclusters)
-    with evaluating(encoder):
+    with frozen(encoder):
         sample = _sample(encoder, test_set, protocol, seed, progress)
         reduction, runs = _fit(sample, ks, protocol, seed, progress)
         channels, patches_used = sample.shape[1], len(sample)

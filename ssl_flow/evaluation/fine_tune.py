@@ -12,8 +12,6 @@ comparison: the settings are ours, meant for small sets and small machines.
 from __future__ import annotations
 
 import copy
-import itertools
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -25,9 +23,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ssl_flow.data.segmentation import IGNORE, Labelled, SegmentationSet
-from ssl_flow.evaluation.metrics import ConfusionMatrix
 from ssl_flow.evaluation.outcome import Outcome
-from ssl_flow.evaluation.pixel_features import check_finite, normalized_batches
+from ssl_flow.evaluation.patch_features import check_classes, check_labelled
+from ssl_flow.evaluation.pixel_features import (
+    check_shapes,
+    feature_levels,
+    normalized_batches,
+    require_positive,
+    several_values,
+)
+from ssl_flow.evaluation.segmentation_scores import SegmentationScores
 from ssl_flow.models.encoder import Encoder
 
 
@@ -51,9 +56,7 @@ class FineTune:
         """ValueError for a value with which nothing could be trained."""
         if self.decoder not in ("fcn", "unet"):
             raise ValueError(f"unknown decoder {self.decoder!r}; known: fcn, unet")
-        for key in ("channels", "steps", "batch_images", "crop", "lr"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"{key} = {getattr(self, key)}, expected more than 0")
+        require_positive(self, "channels", "steps", "batch_images", "crop", "lr")
 
 
 class Decoder(nn.Module):
@@ -116,34 +119,17 @@ def run_fine_tune(
             not finite (both name the images).
     """
     protocol = protocol or FineTune()
-    if train_set.classes != test_set.classes:
-        raise ValueError(f"classes differ: train {train_set.classes}, test {test_set.classes}")
-    start = time.perf_counter()
+    check_classes(train_set, test_set)
+    check_labelled(train_set)
+    scores = SegmentationScores(test_set, examples)
     model = copy.deepcopy(encoder).requires_grad_()
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # the decoder's weights, and the encoder's dropout if it has some
         decoder = Decoder(model, len(train_set.classes), protocol)
         loss = _train(model, decoder, train_set, protocol, seed, progress)
-    counts, kept = _score(model, decoder, test_set, examples, progress)
-    scores = ConfusionMatrix(len(test_set.classes))
-    scores.counts = torch.from_numpy(counts.sum(0))
-    return Outcome(
-        scores={"miou": scores.miou(), "pixel_accuracy": scores.pixel_accuracy()},
-        counts=counts,
-        items=list(test_set.names),
-        per_class={
-            name: None if np.isnan(iou) else float(iou)
-            for name, iou in zip(test_set.classes, scores.iou(), strict=True)
-        },
-        details={
-            "seed": seed,
-            "train_images": len(train_set),
-            "loss": loss,
-            "parameters": sum(p.numel() for m in (model, decoder) for p in m.parameters()),
-            "seconds": round(time.perf_counter() - start, 1),
-        },
-        examples=kept,
-    )
+    _score(model, decoder, test_set, scores, progress)
+    parameters = sum(p.numel() for m in (model, decoder) for p in m.parameters())
+    return scores.outcome(seed=seed, train_images=len(train_set), loss=loss, parameters=parameters)
 
 
 def _train(
@@ -163,28 +149,28 @@ def _train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, protocol.steps)
     model.train()
     decoder.train()
-    labelled, loss = 0, torch.zeros(())
+    loss = torch.zeros(())
     crops = _crops(dataset, protocol, np.random.default_rng(seed))
     batches = normalized_batches(model, crops, protocol.batch_images)
-    bar = tqdm(total=protocol.steps, desc="fine-tune", disable=not progress, leave=False)
-    for items, images in itertools.islice(batches, protocol.steps):
+    steps = tqdm(range(protocol.steps), desc="fine-tune", disable=not progress, leave=False)
+    for step, (items, images) in zip(steps, batches, strict=False):
+        names = [item.name for item in items]
         decoder.to(images.device)
         masks = torch.from_numpy(np.stack([item.mask for item in items])).to(images.device).long()
-        logits = decoder(model.features(images), masks.shape[1:])
+        with several_values("a larger crop or more images a step"):
+            levels = model.features(images)
+            check_shapes(levels, model.strides, images, names)
+            logits = decoder(levels, masks.shape[1:])
         count = int((masks != IGNORE).sum())  # a batch may have none: its loss is then 0
         total = F.cross_entropy(logits.float(), masks, ignore_index=IGNORE, reduction="sum")
-        loss, labelled = total / max(1, count), labelled + count
+        loss = total / max(1, count)
         if not loss.isfinite():
-            names = ", ".join(item.name for item in items)
-            raise ValueError(f"the loss is {loss.item()} after {bar.n} steps, of crops of {names}")
+            found = f"the loss is {loss.item()} after {step} steps"
+            raise ValueError(f"{found}, of crops of {', '.join(names)}")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         schedule.step()
-        bar.update()
-    bar.close()
-    if not labelled:
-        raise ValueError(f"{dataset.name}: no training pixel has a label")
     return loss.item()
 
 
@@ -211,25 +197,19 @@ def _crops(
 
 @torch.no_grad()
 def _score(
-    model: Encoder, decoder: Decoder, dataset: SegmentationSet, examples: int, progress: bool
-) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
-    """Confusion matrix (N, K, K) of each image at full resolution, and a few predictions."""
+    model: Encoder,
+    decoder: Decoder,
+    dataset: SegmentationSet,
+    scores: SegmentationScores,
+    progress: bool,
+) -> None:
     model.eval()
     decoder.eval()
-    counts: list[np.ndarray] = []
-    kept = []
-    wanted = set(np.linspace(0, len(dataset) - 1, min(examples, len(dataset))).astype(int).tolist())
     batches = normalized_batches(model, dataset, 1)  # logits at full resolution are large
     for items, images in tqdm(
         batches, desc="test", total=len(dataset), disable=not progress, leave=False
     ):
-        item, levels = items[0], model.features(images)
-        check_finite(levels, 0, item.name)
+        item = items[0]
+        levels, _ = feature_levels(model, images, "hypercolumn", [item.name])
         logits = decoder(levels, item.mask.shape)
-        prediction = logits[0].argmax(0).byte().cpu().numpy()
-        matrix = ConfusionMatrix(len(dataset.classes))
-        matrix.update(prediction, item.mask)
-        if len(counts) in wanted:
-            kept.append((item.image, item.mask, prediction))
-        counts.append(matrix.counts.numpy())
-    return np.stack(counts), kept
+        scores.add(item, logits[0].argmax(0).byte().cpu().numpy())
