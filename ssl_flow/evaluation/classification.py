@@ -148,8 +148,7 @@ def _pooled(
     with tqdm(total=len(images), desc=what, disable=not progress, leave=False) as bar:
         for items, batch in normalized_batches(encoder, cropped(), protocol.batch_images):
             means = encoder.features(batch)[-1].float().mean((2, 3))
-            for i, item in enumerate(items):
-                check_finite([means], i, item.name)
+            check_finite([means], [item.name for item in items])
             pooled.append(means)
             labels += [int(item.mask) for item in items]
             bar.update(len(items))

@@ -29,7 +29,6 @@ from ssl_flow.data.segmentation import Labelled
 from ssl_flow.evaluation.outcome import Outcome
 from ssl_flow.evaluation.pixel_features import (
     check_features,
-    check_finite,
     feature_levels,
     frozen,
     normalized_batches,
@@ -77,8 +76,8 @@ def run_correspondence(
         (the best that whole pixels can do).
 
     Raises:
-        ValueError: unknown features, features that are not finite, a pair without a known match
-            inside the frame (all name it), no pairs.
+        ValueError: unknown features, features that are not finite, a pair of different sizes or
+            without a known match inside the frame (all name it), no pairs.
     """
     protocol = protocol or Correspondence()
     check_features(encoder, protocol.features)
@@ -113,6 +112,9 @@ def run_correspondence(
 def _queries(pair: FlowPair, step: int) -> tuple[np.ndarray, np.ndarray]:
     """(N, 2) pixels (x, y) of the first frame, and where they truly are in the second."""
     height, width = pair.known.shape
+    for what, array in (("first", pair.first), ("second", pair.second), ("flow", pair.flow)):
+        if array.shape[:2] != (height, width):
+            raise ValueError(f"{pair.name}: {what} is {array.shape[:2]}, known {(height, width)}")
     rows, columns = np.mgrid[step // 2 : height : step, step // 2 : width : step].reshape(2, -1)
     targets = np.stack([columns, rows], 1) + pair.flow[rows, columns]
     inside = ((targets >= 0) & (targets <= (width - 1, height - 1))).all(1)
@@ -131,9 +133,8 @@ def _match(
         for image, which in ((pair.first, "first"), (pair.second, "second"))
     ]
     _, images = next(normalized_batches(encoder, frames, 2))
-    levels, strides = feature_levels(encoder, images, protocol.features)
-    for index, frame in enumerate(frames):
-        check_finite(levels, index, frame.name)
+    names = [frame.name for frame in frames]
+    levels, strides = feature_levels(encoder, images, protocol.features, names)
     device, (height, width) = images.device, pair.known.shape
 
     def sample(frame: int, pixels: Tensor) -> Tensor:

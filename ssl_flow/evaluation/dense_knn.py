@@ -32,13 +32,12 @@ from ssl_flow.data.segmentation import SegmentationSet
 from ssl_flow.evaluation.outcome import Outcome
 from ssl_flow.evaluation.patch_features import (
     check_classes,
-    evaluating,
     image_features,
     label_counts,
     resize_map,
     resize_mask,
 )
-from ssl_flow.evaluation.pixel_features import check_features
+from ssl_flow.evaluation.pixel_features import check_features, frozen, require_positive
 from ssl_flow.evaluation.segmentation_scores import SegmentationScores
 from ssl_flow.models.encoder import Encoder
 
@@ -60,9 +59,9 @@ class DenseKnn:
 
     def __post_init__(self) -> None:
         """ValueError for a value with which nothing could be found."""
-        for name in ("memory_size", "neighbours", "temperature", "memory_gib", "batch_images"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} = {getattr(self, name)}, expected more than 0")
+        require_positive(
+            self, "memory_size", "neighbours", "temperature", "memory_gib", "batch_images"
+        )
         if self.search not in ("torch", "faiss"):
             raise ValueError(f"search = {self.search!r}, expected torch or faiss")
 
@@ -98,7 +97,7 @@ def run_dense_knn(
     if protocol.search == "faiss":
         _faiss()  # missing: before any long work
     scores = SegmentationScores(test_set, examples)
-    with evaluating(encoder), torch.inference_mode():
+    with frozen(encoder), torch.inference_mode():
         features, labels = _fill(encoder, train_set, protocol, seed, progress)
         index = _faiss_index(features) if protocol.search == "faiss" else None
         found = image_features(

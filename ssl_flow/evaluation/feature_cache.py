@@ -32,9 +32,9 @@ from tqdm import tqdm
 from ssl_flow.data.segmentation import Labelled, SegmentationSet
 from ssl_flow.evaluation.pixel_features import (
     check_features,
-    check_finite,
     feature_levels,
     feature_strides,
+    frozen,
     normalized_batches,
 )
 from ssl_flow.flow.shard import open_temporary, write_atomically
@@ -104,12 +104,8 @@ def cache_features(
         about |= {"architecture": encoder.architecture} if hasattr(encoder, "architecture") else {}
         about |= {"set": getattr(dataset, "name", ""), "images": len(dataset)}
         write_atomically(place / "about.json", json.dumps(about, indent=2).encode())
-        was_training = encoder.training
-        encoder.eval()
-        try:
+        with frozen(encoder):
             _extract(encoder, dataset, missing, place, features, batch_images, progress)
-        finally:
-            encoder.train(was_training)
     channels = [level.shape[0] for level in _read(_path(place, 0))]
     return FeatureCache(place, feature_strides(encoder, features), channels, len(dataset))
 
@@ -128,7 +124,7 @@ def level_batches(
         float16 from a cache (B = 1: no copy is made); the levels' strides.
 
     Raises:
-        ValueError: features that are not finite (names the image).
+        ValueError: as `feature_levels`.
     """
     if cache is not None:
         device = device_of(encoder)
@@ -136,10 +132,8 @@ def level_batches(
             yield [item], [level[None].to(device) for level in cache[index]], cache.strides
         return
     for items, images in normalized_batches(encoder, dataset, batch_images):
-        levels, strides = feature_levels(encoder, images, features)
-        for i, item in enumerate(items):
-            check_finite(levels, i, item.name)
-        yield items, levels, strides
+        names = [item.name for item in items]
+        yield items, *feature_levels(encoder, images, features, names)
 
 
 def encoder_digest(encoder: nn.Module) -> str:
@@ -204,7 +198,7 @@ def _extract(
     items = (dataset[index] for index in missing)
     with tqdm(total=len(missing), desc="features", disable=not progress, leave=False) as bar:
         for batch, images in normalized_batches(encoder, items, batch_images):
-            levels, _ = feature_levels(encoder, images, features)
+            levels, _ = feature_levels(encoder, images, features, [item.name for item in batch])
             size = sum(2 * level[0].numel() for level in levels)
             # Sets of mixed sizes: the mean so far; before anything is written, the first image's.
             need = int((written / done if done else size) * (len(missing) - done))
@@ -222,7 +216,6 @@ def _extract(
                     file=sys.stderr,
                 )
             for i, item in enumerate(batch):
-                check_finite(levels, i, item.name)
                 maps = {str(k): _float16(x[i], item.name) for k, x in enumerate(levels)}
                 _write(_path(place, missing[done]), save(maps))
                 written, done = written + size, done + 1

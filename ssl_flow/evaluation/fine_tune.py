@@ -12,7 +12,6 @@ comparison: the settings are ours, meant for small sets and small machines.
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -25,7 +24,14 @@ from tqdm import tqdm
 
 from ssl_flow.data.segmentation import IGNORE, Labelled, SegmentationSet
 from ssl_flow.evaluation.outcome import Outcome
-from ssl_flow.evaluation.pixel_features import check_finite, normalized_batches
+from ssl_flow.evaluation.patch_features import check_classes, check_labelled
+from ssl_flow.evaluation.pixel_features import (
+    check_shapes,
+    feature_levels,
+    normalized_batches,
+    require_positive,
+    several_values,
+)
 from ssl_flow.evaluation.segmentation_scores import SegmentationScores
 from ssl_flow.models.encoder import Encoder
 
@@ -50,9 +56,7 @@ class FineTune:
         """ValueError for a value with which nothing could be trained."""
         if self.decoder not in ("fcn", "unet"):
             raise ValueError(f"unknown decoder {self.decoder!r}; known: fcn, unet")
-        for key in ("channels", "steps", "batch_images", "crop", "lr"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"{key} = {getattr(self, key)}, expected more than 0")
+        require_positive(self, "channels", "steps", "batch_images", "crop", "lr")
 
 
 class Decoder(nn.Module):
@@ -115,8 +119,8 @@ def run_fine_tune(
             not finite (both name the images).
     """
     protocol = protocol or FineTune()
-    if train_set.classes != test_set.classes:
-        raise ValueError(f"classes differ: train {train_set.classes}, test {test_set.classes}")
+    check_classes(train_set, test_set)
+    check_labelled(train_set)
     scores = SegmentationScores(test_set, examples)
     model = copy.deepcopy(encoder).requires_grad_()
     with torch.random.fork_rng():
@@ -145,28 +149,28 @@ def _train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, protocol.steps)
     model.train()
     decoder.train()
-    labelled, loss = 0, torch.zeros(())
+    loss = torch.zeros(())
     crops = _crops(dataset, protocol, np.random.default_rng(seed))
     batches = normalized_batches(model, crops, protocol.batch_images)
-    bar = tqdm(total=protocol.steps, desc="fine-tune", disable=not progress, leave=False)
-    for items, images in itertools.islice(batches, protocol.steps):
+    steps = tqdm(range(protocol.steps), desc="fine-tune", disable=not progress, leave=False)
+    for step, (items, images) in zip(steps, batches, strict=False):
+        names = [item.name for item in items]
         decoder.to(images.device)
         masks = torch.from_numpy(np.stack([item.mask for item in items])).to(images.device).long()
-        logits = decoder(model.features(images), masks.shape[1:])
+        with several_values("a larger crop or more images a step"):
+            levels = model.features(images)
+            check_shapes(levels, model.strides, images, names)
+            logits = decoder(levels, masks.shape[1:])
         count = int((masks != IGNORE).sum())  # a batch may have none: its loss is then 0
         total = F.cross_entropy(logits.float(), masks, ignore_index=IGNORE, reduction="sum")
-        loss, labelled = total / max(1, count), labelled + count
+        loss = total / max(1, count)
         if not loss.isfinite():
-            names = ", ".join(item.name for item in items)
-            raise ValueError(f"the loss is {loss.item()} after {bar.n} steps, of crops of {names}")
+            found = f"the loss is {loss.item()} after {step} steps"
+            raise ValueError(f"{found}, of crops of {', '.join(names)}")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         schedule.step()
-        bar.update()
-    bar.close()
-    if not labelled:
-        raise ValueError(f"{dataset.name}: no training pixel has a label")
     return loss.item()
 
 
@@ -199,14 +203,13 @@ def _score(
     scores: SegmentationScores,
     progress: bool,
 ) -> None:
-    """Score every image at full resolution."""
     model.eval()
     decoder.eval()
     batches = normalized_batches(model, dataset, 1)  # logits at full resolution are large
     for items, images in tqdm(
         batches, desc="test", total=len(dataset), disable=not progress, leave=False
     ):
-        item, levels = items[0], model.features(images)
-        check_finite(levels, 0, item.name)
+        item = items[0]
+        levels, _ = feature_levels(model, images, "hypercolumn", [item.name])
         logits = decoder(levels, item.mask.shape)
         scores.add(item, logits[0].argmax(0).byte().cpu().numpy())

@@ -28,11 +28,13 @@ from ssl_flow.data.segmentation import Labelled
 from ssl_flow.evaluation.outcome import Outcome
 from ssl_flow.evaluation.pixel_features import (
     check_features,
-    check_finite,
     feature_levels,
     frozen,
     normalized_batches,
+    require_positive,
+    spread,
 )
+from ssl_flow.evaluation.video_metrics import davis_summary, sequence_scores
 from ssl_flow.models.encoder import Encoder
 
 _TILE = 16  # side of the squares of cells that are looked up at once; no influence on the result
@@ -73,9 +75,7 @@ class LabelPropagation:
 
     def __post_init__(self) -> None:
         """ValueError for a value with which nothing could be propagated."""
-        for key in ("short_side", "neighbours", "temperature"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"{key} = {getattr(self, key)}, expected more than 0")
+        require_positive(self, "short_side", "neighbours", "temperature")
         for key in ("previous", "radius"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key} = {getattr(self, key)}, expected 0 or more")
@@ -105,8 +105,6 @@ def run_label_propagation(
         ValueError: unknown features, features that are not finite (names the frame), a video of
             fewer than 3 frames (the first is given, the last is not scored), none at all.
     """
-    from ssl_flow.evaluation.video_metrics import davis_summary, sequence_scores
-
     protocol = protocol or LabelPropagation()
     features = protocol.features or _default_features(encoder)
     check_features(encoder, features)
@@ -117,7 +115,7 @@ def run_label_propagation(
         raise ValueError(f"no video of 3 frames to propagate along: {short or 'no video at all'}")
     start = time.perf_counter()
     scored, items, kept = [], [], []
-    wanted = set(np.linspace(0, len(videos) - 1, min(examples, len(videos))).astype(int).tolist())
+    wanted = spread(len(videos), examples)
     with frozen(encoder):
         for index, video in enumerate(tqdm(videos, desc="videos", disable=not progress)):
             image, truth, prediction = _propagate_video(encoder, video, features, protocol)
@@ -176,8 +174,7 @@ def _map(
     size = (long, short) if height > width else (short, long)
     resized = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
     _, images = next(normalized_batches(encoder, [Labelled(resized, resized, name)], 1))
-    levels, strides = feature_levels(encoder, images, features)
-    check_finite(levels, 0, name)
+    levels, strides = feature_levels(encoder, images, features, [name])
     return F.normalize(levels[0][0], dim=0), strides[0], size
 
 

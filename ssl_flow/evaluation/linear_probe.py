@@ -24,9 +24,12 @@ from tqdm import tqdm
 from ssl_flow.data.segmentation import IGNORE, SegmentationSet
 from ssl_flow.evaluation.feature_cache import FeatureCache, cache_features, level_batches
 from ssl_flow.evaluation.outcome import Outcome
+from ssl_flow.evaluation.patch_features import check_classes, check_labelled
 from ssl_flow.evaluation.pixel_features import (
     check_features,
+    frozen,
     project_levels,
+    require_positive,
     sample_levels,
 )
 from ssl_flow.evaluation.segmentation_scores import SegmentationScores
@@ -50,10 +53,9 @@ class LinearProbe:
 
     def __post_init__(self) -> None:
         """ValueError for a value with which nothing could be fitted."""
-        for name in ("pixels_per_image", "cache_gib", "batch_pixels", "steps", "lr",
-                     "batch_images"):  # fmt: skip
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} = {getattr(self, name)}, expected more than 0")
+        require_positive(
+            self, "pixels_per_image", "cache_gib", "batch_pixels", "steps", "lr", "batch_images"
+        )
 
 
 def run_linear_probe(
@@ -84,10 +86,9 @@ def run_linear_probe(
     """
     protocol = protocol or LinearProbe()
     check_features(encoder, protocol.features)
-    if train_set.classes != test_set.classes:
-        raise ValueError(f"classes differ: train {train_set.classes}, test {test_set.classes}")
-    scores, was_training = SegmentationScores(test_set, examples), encoder.training
-    encoder.eval()
+    check_classes(train_set, test_set)
+    check_labelled(train_set)
+    scores = SegmentationScores(test_set, examples)
     generator = torch.Generator().manual_seed(seed)
     train_cache, test_cache = (
         cache_features(encoder, s, cache, protocol.features, protocol.batch_images, progress)
@@ -95,21 +96,20 @@ def run_linear_probe(
         else None
         for s in (train_set, test_set)
     )
-    features, labels, used = _collect(
-        encoder, train_set, protocol, generator, progress, train_cache
-    )
-    weight, bias, accuracy = _fit(
-        features, labels, len(train_set.classes), protocol, generator, progress
-    )
-    del features
-    _score(encoder, test_set, weight, bias, protocol, scores, progress, test_cache)
-    encoder.train(was_training)
+    with frozen(encoder):
+        features, labels, used = _collect(
+            encoder, train_set, protocol, generator, progress, train_cache
+        )
+        weight, bias, accuracy = _fit(
+            features, labels, len(train_set.classes), protocol, generator, progress
+        )
+        del features
+        _score(encoder, test_set, weight, bias, protocol, scores, progress, test_cache)
     return scores.outcome(
         seed=seed, train_accuracy=accuracy, pixels_per_image=used, channels=weight.shape[1]
     )
 
 
-@torch.no_grad()  # not inference_mode: autograd has to accept the features later
 def _collect(
     encoder: Encoder,
     dataset: SegmentationSet,
@@ -150,13 +150,12 @@ def _collect(
                 labels[slot] = mask[rows, columns].to(labels)
                 filled += len(rows)
             bar.update(len(items))
-    if not filled:
-        raise ValueError(f"{dataset.name}: no training pixel has a label")
     if filled < len(features):  # some image has fewer labelled pixels than the limit
         features, labels = features[labels >= 0], labels[labels >= 0]
     return features, labels, limit
 
 
+@torch.enable_grad()
 def _fit(
     features: Tensor,
     labels: Tensor,
@@ -224,7 +223,8 @@ def _score(
         for items, levels, strides in level_batches(
             encoder, dataset, protocol.features, protocol.batch_images, cache
         ):
-            logits = project_levels(levels, strides, weight, bias, items[0].mask.shape)
-            for item, prediction in zip(items, logits.argmax(1).byte().cpu().numpy(), strict=True):
-                scores.add(item, prediction)
+            for i, item in enumerate(items):  # one at a time: all logits at once would be large
+                own = [level[i : i + 1] for level in levels]
+                logits = project_levels(own, strides, weight, bias, item.mask.shape)
+                scores.add(item, logits[0].argmax(0).byte().cpu().numpy())
             bar.update(len(items))

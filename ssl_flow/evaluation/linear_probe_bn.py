@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from ssl_flow.data.segmentation import IGNORE, Labelled
 from ssl_flow.evaluation.linear_probe_plain import Classify
 from ssl_flow.evaluation.patch_features import resize_image, resize_mask
+from ssl_flow.evaluation.pixel_features import neighbours, require_positive
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,9 @@ class BnProbe:
 
     def __post_init__(self) -> None:
         """ValueError for a value with which nothing could be fitted."""
-        for name in ("steps", "batch_images", "lr", "input_size", "stride", "forward_images"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} = {getattr(self, name)}, expected more than 0")
+        require_positive(
+            self, "steps", "batch_images", "lr", "input_size", "stride", "forward_images"
+        )
         if not 0 <= self.warmup_steps < self.steps:
             raise ValueError(
                 f"warmup_steps = {self.warmup_steps} of steps = {self.steps}: shorten both"
@@ -133,13 +134,24 @@ class BnProbe:
             total[..., window[0], window[1]] += logits
             count[..., window[0], window[1]] += 1
         total /= count
-        full = F.interpolate(total, item.mask.shape, mode="bilinear", align_corners=False)
-        return full[0].argmax(0), item.mask
+        return _largest(total, item.mask.shape), item.mask
 
     def _starts(self, side: int) -> list[int]:
         """First pixels of the windows along one side."""
         last = max(side - self.input_size, 0)
         return [*range(0, last, self.stride), last]
+
+
+def _largest(logits: Tensor, size: tuple[int, ...]) -> Tensor:
+    """(H, W) classes of (1, K, h, w) logits, read bilinearly in strips (K may be 150)."""
+    parts = []
+    for rows in torch.arange(size[0], device=logits.device).split(64):
+        near, weights = neighbours(rows, size[0] / logits.shape[2], logits.shape[2])
+        above, below = (logits[:, :, i] * w[:, None] for i, w in zip(near, weights, strict=True))
+        strip = (len(rows), size[1])
+        wide = F.interpolate(above + below, strip, mode="bilinear", align_corners=False)
+        parts.append(wide[0].argmax(0))
+    return torch.cat(parts)
 
 
 def _short_side(size: tuple[int, ...], short: int) -> tuple[int, int]:

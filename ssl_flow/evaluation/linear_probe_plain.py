@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ssl_flow.data.segmentation import Labelled
 from ssl_flow.evaluation.patch_features import resize_image, resize_mask, shrink_mask
+from ssl_flow.evaluation.pixel_features import require_positive
 
 Classify = Callable[[np.ndarray, tuple[int, int]], Tensor]
 """(H, W, 3) uint8 and (H', W') -> logits (1, K, H', W') of that image."""
@@ -53,10 +54,8 @@ class PlainProbe:
 
     def __post_init__(self) -> None:
         """ValueError for a value with which nothing could be fitted."""
-        for name in ("epochs", "drop_epoch", "batch_images", "lr", "input_size", "target_size",
-                     "forward_images"):  # fmt: skip
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} = {getattr(self, name)}, expected more than 0")
+        require_positive(self, "epochs", "drop_epoch", "batch_images", "lr", "input_size",
+                         "target_size", "forward_images")  # fmt: skip
 
     def total_steps(self, images: int) -> int:
         """Of the training, for a set of so many images."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -13,26 +12,21 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_flow.data.segmentation import IGNORE, Labelled, SegmentationSet
-from ssl_flow.evaluation.pixel_features import check_finite, feature_levels, normalized_batches
+from ssl_flow.evaluation.pixel_features import feature_levels, normalized_batches
 from ssl_flow.models.encoder import Encoder
 from ssl_flow.models.head import to_stride
-
-
-@contextmanager
-def evaluating(encoder: Encoder) -> Iterator[None]:
-    """The encoder in eval mode, and afterwards in the mode that it was in."""
-    was_training = encoder.training
-    encoder.eval()
-    try:
-        yield
-    finally:
-        encoder.train(was_training)
 
 
 def check_classes(train_set: SegmentationSet, test_set: SegmentationSet) -> None:
     """ValueError unless both splits have the same classes."""
     if train_set.classes != test_set.classes:
         raise ValueError(f"classes differ: train {train_set.classes}, test {test_set.classes}")
+
+
+def check_labelled(train_set: SegmentationSet) -> None:
+    """ValueError unless some pixel has a label; reads images up to the first one that has."""
+    if all((item.mask == IGNORE).all() for item in train_set):
+        raise ValueError(f"{train_set.name}: no training pixel has a label")
 
 
 def resize_image(image: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
@@ -58,28 +52,6 @@ def _resize(array: np.ndarray, size: tuple[int, ...], how: Image.Resampling) -> 
     return np.asarray(Image.fromarray(array).resize((size[1], size[0]), how))
 
 
-def checked_levels(
-    encoder: Encoder, images: Tensor, features: str, names: Sequence[str]
-) -> tuple[list[Tensor], list[int]]:
-    """`feature_levels` of (B, 3, H, W) images.
-
-    Raises:
-        ValueError: a map that does not fit its stride, features that are not finite (`names` says
-            which image).
-    """
-    levels, strides = feature_levels(encoder, images, features)
-    for level, stride in zip(levels, strides, strict=True):
-        expected = tuple(math.ceil(side / stride) for side in images.shape[-2:])
-        if tuple(level.shape[-2:]) != expected:
-            raise ValueError(
-                f"{names[0]}: the encoder's map has {tuple(level.shape[-2:])} cells, but stride "
-                f"{stride} and an image of {tuple(images.shape[-2:])} mean {expected}"
-            )
-    for index, name in enumerate(names):
-        check_finite(levels, index, name)
-    return levels, strides
-
-
 @torch.no_grad()
 def image_features(
     encoder: Encoder,
@@ -103,7 +75,7 @@ def image_features(
         (C, ceil(H/s), ceil(W/s)) in float32; the stride s.
 
     Raises:
-        ValueError: as `checked_levels`.
+        ValueError: as `feature_levels`.
     """
     resized = (
         item if size is None else item._replace(image=resize_image(item.image, (size, size)))
@@ -111,7 +83,7 @@ def image_features(
     )
     for group, images in normalized_batches(encoder, resized, batch):
         names = [item.name for item in group]
-        levels, strides = checked_levels(encoder, images, features, names)
+        levels, strides = feature_levels(encoder, images, features, names)
         rows, columns = levels[0].shape[-2:]
         for i, item in enumerate(group):
             same = [

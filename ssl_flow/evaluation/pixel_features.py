@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,11 +27,34 @@ def frozen(encoder: Encoder) -> Iterator[None]:
     modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad():  # not inference_mode: autograd has to accept the features later
             yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def require_positive(settings: object, *names: str) -> None:
+    """ValueError unless these attributes are more than 0."""
+    for name in names:
+        if not getattr(settings, name) > 0:
+            raise ValueError(f"{name} = {getattr(settings, name)}, expected more than 0")
+
+
+def spread(length: int, count: int) -> list[int]:
+    """At most `count` indices of a sequence, evenly spread from the first to the last."""
+    return [int(i) for i in np.linspace(0, length - 1, min(count, length))]
+
+
+@contextmanager
+def several_values(mend: str) -> Iterator[None]:
+    """Say how to mend it where BatchNorm has one value a channel only, of which it can train."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(f"BatchNorm cannot train on a single value: use {mend}") from error
 
 
 def check_features(encoder: Encoder, name: str) -> None:
@@ -45,35 +69,55 @@ def check_features(encoder: Encoder, name: str) -> None:
 def estimate_batchnorm(encoder: Encoder, images: Iterable[Tensor]) -> int:
     """Replace BatchNorm's running statistics by the mean over batches of (B, 3, H, W) images.
 
-    An untrained network's statistics (mean 0, variance 1) are not those of its activations, which
-    would make a random encoder look worse than its weights are. Returns the number of images seen
-    (0 when there is no BatchNorm). The encoder is in eval mode afterwards.
+    A batch counts by its images, but what differs between batches is not in their variances: make
+    them large. An untrained network's statistics (mean 0, variance 1) are not those of its
+    activations, which would make a random encoder look worse than its weights are. Returns the
+    number of images seen (0 when there is no BatchNorm).
     """
-    encoder.eval()
     norms = [m for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if not norms:
         return 0
-    momenta, seen = [m.momentum for m in norms], 0
+    momenta, counts, seen = [m.momentum for m in norms], dict.fromkeys(norms, 0), 0
+
+    def weigh(norm: Any, inputs: tuple[Tensor, ...]) -> None:  # noqa: ANN401 (a BatchNorm)
+        """The momentum with which this batch counts by its images; a norm may run twice a pass."""
+        counts[norm] += len(inputs[0])
+        norm.momentum = len(inputs[0]) / counts[norm]
+
     run = encoder.features if getattr(encoder, "head", None) is None else encoder.embed
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the plain mean of all batches
-        norm.train()  # only these: dropout and the like stay off
-    with torch.no_grad():
-        for batch in images:
-            run(batch)
-            seen += len(batch)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    encoder.eval()
+    with frozen(encoder):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.train()  # only these: dropout and the like stay off
+        hooks = [norm.register_forward_pre_hook(weigh) for norm in norms]
+        try:
+            for batch in images:
+                run(batch)
+                seen += len(batch)
+        finally:
+            for norm, momentum, hook in zip(norms, momenta, hooks, strict=True):
+                norm.momentum = momentum
+                hook.remove()
     return seen
 
 
 def estimate_on(encoder: Encoder, images: Sequence[Labelled] | SegmentationSet, count: int) -> int:
-    """`estimate_batchnorm` on at most `count` images spread over a set; how many it were."""
-    indices = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int).tolist()
-    batches = normalized_batches(encoder, (images[i] for i in indices), 8)
-    return estimate_batchnorm(encoder, (batch for _, batch in batches))
+    """`estimate_batchnorm` on at most `count` images spread over a set; how many it were.
+
+    They are brought to the first one's size, at most 1024 pixels, so that batches are full.
+    """
+    indices = spread(len(images), count)
+    full = images[0].image.shape[:2]
+    size = [round(side * min(1, 1024 / max(full))) for side in full]
+
+    def batches() -> Iterator[Tensor]:
+        for part in np.array_split(indices, -(-len(indices) // 8)):  # no lone last one
+            found = normalized_batches(encoder, (images[i] for i in part.tolist()), 1)
+            yield torch.cat(
+                [F.interpolate(x, size, mode="bilinear", antialias=True) for _, x in found]
+            )
+
+    return estimate_batchnorm(encoder, batches())
 
 
 def normalized_batches(
@@ -100,16 +144,22 @@ def normalized_batches(
 
 
 def feature_levels(
-    encoder: Encoder, images: Tensor, features: str
+    encoder: Encoder, images: Tensor, features: str, names: Sequence[str]
 ) -> tuple[list[Tensor], list[int]]:
-    """Features of (B, 3, H, W) images: maps (B, C_i, H_i, W_i) in float32, and their strides."""
+    """Features of (B, 3, H, W) images: maps (B, C_i, H_i, W_i) in float32, and their strides.
+
+    Raises:
+        ValueError: a map that does not fit its stride, features that are not finite (`names` says
+            of which image).
+    """
     strides = feature_strides(encoder, features)
-    if features == "embedding":
-        return [encoder.embed(images).float()], strides
-    levels = [level.float() for level in encoder.features(images)]
-    if features == "hypercolumn":
-        return levels, strides
-    return [levels[_stage(features)]], strides
+    found = [encoder.embed(images)] if features == "embedding" else encoder.features(images)
+    if features not in ("embedding", "hypercolumn"):
+        found = [found[_stage(features)]]
+    levels = [level.float() for level in found]
+    check_shapes(levels, strides, images, names)
+    check_finite(levels, names)
+    return levels, strides
 
 
 def feature_strides(encoder: Encoder, features: str) -> list[int]:
@@ -145,7 +195,7 @@ def sample_levels(
         height, width = level.shape[1:]
         cells = level.permute(1, 2, 0).reshape(height * width, -1)  # a view if channels are last
         (y, v), (x, u) = (
-            _neighbours(pixels.to(level.device), stride, count)
+            neighbours(pixels.to(level.device), stride, count)
             for pixels, count in ((rows, height), (columns, width))
         )
         corners = [
@@ -157,7 +207,7 @@ def sample_levels(
     return torch.cat(sampled, dim=1)
 
 
-def _neighbours(pixels: Tensor, stride: int, count: int) -> tuple[list[Tensor], list[Tensor]]:
+def neighbours(pixels: Tensor, stride: float, count: int) -> tuple[list[Tensor], list[Tensor]]:
     """The two of `count` cells whose centres lie around each pixel, and their weights."""
     place = ((pixels.float() + 0.5) / stride - 0.5).clamp(0, count - 1)
     first = place.long()
@@ -180,18 +230,32 @@ def project_levels(
     Returns:
         (B, K, H, W) logits.
     """
-    logits = bias.view(1, -1, 1, 1)
+    logits = bias.view(1, -1, 1, 1).repeat(len(levels[0]), 1, *size)
     parts = weight.split([level.shape[1] for level in levels], dim=1)
     for level, stride, part in zip(levels, strides, parts, strict=True):
         projected = F.conv2d(level.float(), part[:, :, None, None])
         full = [level.shape[2] * stride, level.shape[3] * stride]
         upsampled = F.interpolate(projected, full, mode="bilinear", align_corners=False)
-        logits = logits + upsampled[..., : size[0], : size[1]]
+        logits += upsampled[..., : size[0], : size[1]]
     return logits
 
 
-def check_finite(levels: list[Tensor], index: int, name: str) -> None:
-    """ValueError with the image's name when an encoder's output has NaN or infinity."""
-    # The largest magnitude, NaN if there is one: several times as fast as isfinite().all().
-    if not all(torch.linalg.vector_norm(x[index], math.inf).isfinite() for x in levels):
-        raise ValueError(f"the encoder's features of {name} are not finite")
+def check_shapes(
+    levels: list[Tensor], strides: list[int], images: Tensor, names: Sequence[str]
+) -> None:
+    """ValueError unless the maps of (B, 3, H, W) images have ceil(H/s) x ceil(W/s) cells."""
+    for level, stride in zip(levels, strides, strict=True):
+        expected = tuple(math.ceil(side / stride) for side in images.shape[-2:])
+        if tuple(level.shape[-2:]) != expected:
+            raise ValueError(
+                f"{names[0]}: the encoder's map has {tuple(level.shape[-2:])} cells, but stride "
+                f"{stride} and an image of {tuple(images.shape[-2:])} mean {expected}"
+            )
+
+
+def check_finite(levels: list[Tensor], names: Sequence[str]) -> None:
+    """ValueError with the image's name when the maps of B images have NaN or infinity."""
+    for index, name in enumerate(names):
+        # The largest magnitude, NaN if there is one: several times as fast as isfinite().all().
+        if not all(torch.linalg.vector_norm(x[index], math.inf).isfinite() for x in levels):
+            raise ValueError(f"the encoder's features of {name} are not finite")

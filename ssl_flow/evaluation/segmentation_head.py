@@ -27,12 +27,16 @@ from ssl_flow.evaluation.linear_probe_plain import PlainProbe
 from ssl_flow.evaluation.outcome import Outcome
 from ssl_flow.evaluation.patch_features import (
     check_classes,
-    checked_levels,
-    evaluating,
+    check_labelled,
     resize_map,
     shrink_mask,
 )
-from ssl_flow.evaluation.pixel_features import check_features
+from ssl_flow.evaluation.pixel_features import (
+    check_features,
+    feature_levels,
+    frozen,
+    several_values,
+)
 from ssl_flow.evaluation.segmentation_scores import SegmentationScores
 from ssl_flow.models.encoder import Encoder, device_of
 
@@ -64,8 +68,9 @@ def run_segmentation_head(
     protocol = protocol or BnProbe()
     check_features(encoder, protocol.features)
     check_classes(train_set, test_set)
+    check_labelled(train_set)
     scores = SegmentationScores(test_set, examples)
-    with evaluating(encoder), torch.random.fork_rng():
+    with frozen(encoder), torch.random.fork_rng():
         torch.manual_seed(seed)  # the head's weights and dropout draw from the global generator
         head, losses = _train(encoder, train_set, protocol, seed, progress)
         head.eval()
@@ -110,6 +115,7 @@ def _read(scores: list[Tensor], strides: list[int], side: int, size: tuple[int, 
     return torch.stack(read).sum(0) if len(read) > 1 else read[0]
 
 
+@torch.enable_grad()
 def _train(
     encoder: Encoder,
     dataset: SegmentationSet,
@@ -128,7 +134,8 @@ def _train(
             channels = [level.shape[1] for level in levels]
             head = LevelHead(protocol, channels, len(dataset.classes)).to(levels[0].device).train()
             optimizer = protocol.optimizer(head)
-        scores = head(levels)
+        with several_values("a larger input_size or more training images"):
+            scores = head(levels)
         # At the masks' resolution one image at a time; the head's own graph is walked once.
         leaves = [score.detach().requires_grad_() for score in scores]
         targets = torch.from_numpy(np.stack(masks)).to(scores[0].device).long()
@@ -165,7 +172,7 @@ def _encode(
             missing = [protocol.input_size - side for side in image.shape[1::-1]]
             padded.append(F.pad(encoder.normalize(pixels), (0, missing[0], 0, missing[1])))
         batch = torch.cat(padded).contiguous(memory_format=torch.channels_last)
-        levels, strides = checked_levels(
+        levels, strides = feature_levels(
             encoder, batch, protocol.features, names[start : start + size]
         )
         parts.append(levels)

@@ -88,8 +88,8 @@ def load_encoder(spec: str | Path, seed: int = 0) -> Encoder:
         seed: which random weights, for `random:` and `python:`.
 
     Returns:
-        An `Encoder`. Freshly random ones have untrained BatchNorm statistics: evaluation
-        protocols estimate them on the data that they judge.
+        An `Encoder`. Freshly random ones have untrained BatchNorm statistics: the suite and a run's
+        score estimate those of `random:` on the data; else call `estimate_batchnorm`.
 
     Raises:
         FileNotFoundError: nothing usable at the path (says what was expected).

@@ -17,7 +17,7 @@ from ssl_flow.data.segmentation import SegmentationSet, open_segmentation
 from ssl_flow.evaluation import LinearProbe, run_linear_probe
 from ssl_flow.evaluation.outcome import mean_per_class
 from ssl_flow.evaluation.pictures import prediction_strips
-from ssl_flow.evaluation.pixel_features import estimate_on
+from ssl_flow.evaluation.pixel_features import estimate_on, spread
 from ssl_flow.evaluation.report import write_report
 from ssl_flow.flow.shard import write_atomically
 from ssl_flow.models import Encoder, load_encoder
@@ -51,7 +51,7 @@ def online_probe(config: Config) -> Callable[[Encoder], dict[str, float]] | None
 
 def _spread(full: SegmentationSet, count: int) -> SegmentationSet:
     """At most `count` images of a set, evenly spread."""
-    chosen = np.linspace(0, len(full) - 1, min(count, len(full))).astype(int).tolist()
+    chosen = spread(len(full), count)
     names = [full.names[i] for i in chosen]
     return replace(full, names=names, load=lambda index: full.load(chosen[index]))
 

@@ -1,26 +1,12 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
+from fakes import FakeEncoder, lying
 
 from ssl_flow.data.flow_pairs import FlowPair
 from ssl_flow.evaluation.correspondence import Correspondence, run_correspondence
 
 NAMES = ["pck_1px", "pck_3px", "pck_5px", "pck_0.05", "pck_0.1", "endpoint_error_px"]
-
-
-class FakeEncoder(nn.Module):
-    def __init__(self, strides=(1,)):
-        super().__init__()
-        self.strides, self.channels, self.head = list(strides), [3] * len(strides), None
-        self.scale = nn.Parameter(torch.ones(()))
-
-    def normalize(self, images):
-        return images.permute(0, 3, 1, 2).float() / 255 - 0.5
-
-    def features(self, images):
-        return [F.avg_pool2d(images * self.scale, s, ceil_mode=True) for s in self.strides]
 
 
 def moved(flow, size=(64, 96), noise=None, name="fake"):
@@ -37,7 +23,7 @@ def moved(flow, size=(64, 96), noise=None, name="fake"):
 
 def test_features_that_tell_every_pixel_find_its_match():
     pairs = [moved((5, -3)), moved((-20, 11), name="far")]
-    result = run_correspondence(FakeEncoder(), pairs)
+    result = run_correspondence(FakeEncoder(zero=0.5), pairs)
     assert list(result.scores) == NAMES
     assert [result.scores[name] for name in NAMES] == [1, 1, 1, 1, 1, 0]
     assert result.items == ["fake", "far"]
@@ -50,8 +36,8 @@ def test_features_that_tell_every_pixel_find_its_match():
 
 def test_values_are_those_of_the_pairs_and_scores_their_means():
     pairs = [moved((5, -3), noise=0), moved((2, 2), noise=1)]
-    result = run_correspondence(FakeEncoder((2,)), pairs)
-    alone = [run_correspondence(FakeEncoder((2,)), [pair]).scores for pair in pairs]
+    result = run_correspondence(FakeEncoder((2,), 0.5), pairs)
+    alone = [run_correspondence(FakeEncoder((2,), 0.5), [pair]).scores for pair in pairs]
     for name in NAMES:
         expected = [scores[name] for scores in alone]
         np.testing.assert_allclose(result.values[name], expected)
@@ -61,7 +47,7 @@ def test_values_are_those_of_the_pairs_and_scores_their_means():
 
 def test_features_that_tell_nothing_are_at_chance():
     pair = moved((5, -3), noise=0)._replace(second=moved((0, 0), noise=1).second)
-    result = run_correspondence(FakeEncoder(), [pair], Correspondence(query_step=4))
+    result = run_correspondence(FakeEncoder(zero=0.5), [pair], Correspondence(query_step=4))
     area = np.pi * 5**2 / (64 * 96)  # of the pixels within 5 of the match
     assert result.scores["pck_5px"] < 4 * area and result.scores["endpoint_error_px"] > 20
 
@@ -71,7 +57,7 @@ def test_matches_are_those_of_a_search_over_all_pixels():
     pair = moved((6, 4), noise=0)
     pair = pair._replace(second=pair.second // 2)  # not all matches are right
     protocol = Correspondence(query_step=8)
-    result = run_correspondence(FakeEncoder(), [pair], protocol)
+    result = run_correspondence(FakeEncoder(zero=0.5), [pair], protocol)
     first, second = (x.astype(float) / 255 - 0.5 for x in (pair.first, pair.second))
     units = [x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (first, second)]
     ys, xs = (x.ravel() for x in np.mgrid[4:64:8, 4:96:8])
@@ -88,16 +74,18 @@ def test_unknown_flow_and_matches_outside_are_not_asked_for():
     known[:, :40] = True
     flow = pair.flow.copy()
     flow[:, 40:] = (7, 7)  # wrong where it is not known
-    result = run_correspondence(FakeEncoder(), [pair._replace(known=known, flow=flow)])
+    result = run_correspondence(FakeEncoder(zero=0.5), [pair._replace(known=known, flow=flow)])
     assert result.scores["endpoint_error_px"] == 0
     gone = pair._replace(flow=np.full_like(flow, 100))
     with pytest.raises(ValueError, match="fake: no pixel of the grid has a known match"):
-        run_correspondence(FakeEncoder(), [gone])
+        run_correspondence(FakeEncoder(zero=0.5), [gone])
 
 
 def test_flow_between_pixels_cannot_be_met_closer_than_the_floor():
     pair = moved((5, -3))
-    result = run_correspondence(FakeEncoder(), [pair._replace(flow=pair.flow + np.float32(0.25))])
+    result = run_correspondence(
+        FakeEncoder(zero=0.5), [pair._replace(flow=pair.flow + np.float32(0.25))]
+    )
     floor = result.details["floor"]["endpoint_error_px"]
     assert floor == pytest.approx(0.25 * 2**0.5) == result.scores["endpoint_error_px"]
 
@@ -105,11 +93,13 @@ def test_flow_between_pixels_cannot_be_met_closer_than_the_floor():
 def test_options_change_something():
     pair = moved((5, -3), noise=0)
     scores = [
-        run_correspondence(FakeEncoder((4, 8)), [pair], Correspondence(**o)).scores
+        run_correspondence(FakeEncoder((4, 8), 0.5), [pair], Correspondence(**o)).scores
         for o in ({}, {"features": "stage2"}, {"query_step": 8})
     ]
     assert len({s["endpoint_error_px"] for s in scores}) == 3
-    other = run_correspondence(FakeEncoder(), [pair], Correspondence(pixels=(2,), sides=(0.2,)))
+    other = run_correspondence(
+        FakeEncoder(zero=0.5), [pair], Correspondence(pixels=(2,), sides=(0.2,))
+    )
     assert list(other.scores) == ["pck_2px", "pck_0.2", "endpoint_error_px"]
 
 
@@ -117,9 +107,19 @@ def test_bad_input():
     with pytest.raises(ValueError, match="query_step = 0, expected 1 or more"):
         Correspondence(query_step=0)
     with pytest.raises(ValueError, match="no features 'stage2'"):
-        run_correspondence(FakeEncoder(), [moved((0, 0))], Correspondence(features="stage2"))
+        run_correspondence(
+            FakeEncoder(zero=0.5), [moved((0, 0))], Correspondence(features="stage2")
+        )
     with pytest.raises(ValueError, match="no pairs"):
-        run_correspondence(FakeEncoder(), [])
+        run_correspondence(FakeEncoder(zero=0.5), [])
+    pair = moved((0, 0))
+    for change in ({"second": pair.second[:-1]}, {"flow": pair.flow[:, 1:]}):
+        with pytest.raises(
+            ValueError, match=r"fake: (second|flow) is \(\d+, \d+\), known \(64, 96\)"
+        ):
+            run_correspondence(FakeEncoder(), [pair._replace(**change)])
+    with pytest.raises(ValueError, match=r"fake, first frame: the encoder's map has \(32, 48\)"):
+        run_correspondence(lying(), [pair])
     broken = FakeEncoder()
     broken.scale.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="features of fake, first frame are not finite"):

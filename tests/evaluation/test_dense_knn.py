@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fakes import FakeEncoder, label_set, masks
+from fakes import FakeEncoder, label_set, lying, masks
 
 from ssl_flow.evaluation.dense_knn import DenseKnn, _choose, nearest, run_dense_knn
 from ssl_flow.evaluation.patch_features import image_features, label_counts, resize_map
@@ -32,7 +32,8 @@ def test_features_without_the_label_give_chance(image):
 def test_agrees_with_a_dense_float64_reference():
     """Cross-attention over the k best of all patches, written out without blocks or float16."""
     train, test = (label_set(masks(s, 4, 20), cell_noise(s)) for s in (0, 1))
-    encoder, protocol = FakeEncoder((4,)), DenseKnn(image_size=None, neighbours=7, temperature=0.1)
+    encoder = FakeEncoder((4,)).eval()
+    protocol = DenseKnn(image_size=None, neighbours=7, temperature=0.1)
     encoder.normalize = lambda x: x.permute(0, 3, 1, 2) / 255 - 0.5  # so that directions differ
     result = run_dense_knn(encoder, train, test, protocol, examples=4)
     keys, values = [], []
@@ -128,10 +129,8 @@ def test_bad_input():
     with pytest.raises(ValueError, match="features of fake0 are not finite"):
         run_dense_knn(broken.train(), good, good, AS_IT_IS)
     assert broken.training
-    broken = FakeEncoder((4,))
-    broken.features = FakeEncoder((2,)).features
     with pytest.raises(ValueError, match=r"fake0: the encoder's map has \(12, 12\) cells"):
-        run_dense_knn(broken, good, good, AS_IT_IS)
+        run_dense_knn(lying(), good, good, AS_IT_IS)
 
 
 def test_faiss_finds_the_same():

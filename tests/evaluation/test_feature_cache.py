@@ -61,9 +61,10 @@ def _cache(encoder, images, folder, **options):
 
 def test_cached_features_are_the_encoders_in_float16(tmp_path):
     encoder, images = Counting().train(), _images()
+    encoder.norm.eval()  # a part that is frozen stays so
     cache = _cache(encoder, images, tmp_path, batch_images=2)
     assert (cache.strides, cache.channels, len(cache)) == ([2, 8], [4, 5], 5)
-    assert encoder.training and encoder.seen == 5
+    assert encoder.training and not encoder.norm.training and encoder.seen == 5
     encoder.eval()
     for i, item in enumerate(images):
         with torch.no_grad():
@@ -208,6 +209,10 @@ def test_bad_features_name_the_image(tmp_path):
         _cache(encoder, images, tmp_path, features="stage3")
     with pytest.raises(ValueError, match="no images"):
         _cache(encoder, [], tmp_path)
+    encoder = Counting()
+    encoder.strides = [4, 8]
+    with pytest.raises(ValueError, match=r"image0: the encoder's map has \(12, 16\) cells"):
+        _cache(encoder, images, tmp_path)
 
 
 def test_the_disk_must_have_room(tmp_path, monkeypatch, capsys):

@@ -160,3 +160,25 @@ def test_bad_input(encoder):
     encoder.convolutions[0][0].bias.data.fill_(torch.nan)
     with pytest.raises(ValueError, match=r"the loss is nan after 0 steps, of crops of image\d"):
         run_fine_tune(encoder, good, good, QUICK)
+
+
+def test_a_loss_that_bursts_names_the_step_without_a_bar(encoder, monkeypatch):
+    good, calls, real = _set(0), [], FakeEncoder.normalize
+
+    def normalize(self, images):
+        calls.append(1)
+        return real(self, images) * (torch.nan if len(calls) > 3 else 1)
+
+    monkeypatch.setattr(FakeEncoder, "normalize", normalize)
+    with pytest.raises(ValueError, match="the loss is nan after 3 steps"):
+        run_fine_tune(encoder, good, good, QUICK, progress=False)
+
+
+def test_maps_that_training_cannot_use_say_what_to_do(encoder, monkeypatch):
+    good, real = _set(0), FakeEncoder.features
+    single = replace(QUICK, decoder="fcn", batch_images=1, crop=8)
+    with pytest.raises(ValueError, match="a single value: use a larger crop or more images a step"):
+        run_fine_tune(encoder, good, good, single)
+    monkeypatch.setattr(FakeEncoder, "features", lambda *args: real(*args)[:1] * 3)
+    with pytest.raises(ValueError, match=r"image\d: the encoder's map has \(16, 16\) cells"):
+        run_fine_tune(encoder, good, good, QUICK)

@@ -2,48 +2,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fakes import FakeEncoder, label_set, lying, masks
 from torch import nn
 
-from ssl_flow.data.segmentation import SegmentationSet
-from ssl_flow.evaluation import LinearProbe, estimate_batchnorm, run_linear_probe
-from ssl_flow.evaluation.pixel_features import normalized_batches, project_levels, sample_levels
+from ssl_flow.evaluation import LinearProbe, estimate_batchnorm, linear_probe, run_linear_probe
+from ssl_flow.evaluation.pixel_features import (
+    estimate_on,
+    normalized_batches,
+    project_levels,
+    sample_levels,
+)
 
 QUICK = LinearProbe(pixels_per_image=200, batch_pixels=512, steps=300, lr=0.05)
 
 
-class FakeEncoder(nn.Module):
-    """Feature maps made from the image by average pooling; what the probe needs, nothing more."""
-
-    def __init__(self, strides=(1, 4)):
-        super().__init__()
-        self.strides, self.channels, self.head = list(strides), [3] * len(strides), None
-        self.norm = nn.BatchNorm2d(3)
-
-    def normalize(self, images):
-        return images.permute(0, 3, 1, 2).float() / 255
-
-    def features(self, images):
-        return [F.avg_pool2d(self.norm(images), s, ceil_mode=True) for s in self.strides]
-
-
-def _set(masks, images=None, classes=3, name="fake"):
-    """The image shows the label one-hot in R, G, B, unless given."""
-    masks = np.asarray(masks, np.uint8)
-    if images is None:
-        images = (np.eye(256, 3, dtype=np.uint8) * 255)[masks]
-    names = [f"{name}{i}" for i in range(len(masks))]
-    classes = [f"class{i}" for i in range(classes)]
-    return SegmentationSet(name, classes, names, lambda i: (images[i], masks[i]), {"rule": "fake"})
-
-
-def _masks(seed, count=6, size=24, cell=1):
-    rng = np.random.default_rng(seed)
-    small = rng.integers(0, 3, (count, size // cell, size // cell))
-    return small.repeat(cell, 1).repeat(cell, 2)
-
-
 def test_features_that_hold_the_label_give_one():
-    result = run_linear_probe(FakeEncoder(), _set(_masks(0)), _set(_masks(1)), QUICK)
+    result = run_linear_probe(FakeEncoder((1, 4)), label_set(masks(0)), label_set(masks(1)), QUICK)
     assert (
         result.scores["miou"] == 1
         and result.scores["pixel_accuracy"] == 1
@@ -55,21 +29,24 @@ def test_features_that_hold_the_label_give_one():
 
 def test_features_without_the_label_give_chance():
     one_hot = np.eye(3, dtype=np.uint8) * 255
-    train, test = (_set(_masks(s, 20), one_hot[_masks(s + 5, 20)]) for s in (0, 1))
+    train, test = (label_set(masks(s, 20), one_hot[masks(s + 5, 20)]) for s in (0, 1))
     result = run_linear_probe(FakeEncoder((1,)), train, test, QUICK)
     assert 0.3 < result.scores["pixel_accuracy"] < 0.37 and result.scores["miou"] < 0.25
 
 
 def test_ignored_pixels_neither_teach_nor_count():
-    train, test = _masks(0), _masks(1)
+    train, test = masks(0), masks(1)
     images = (np.eye(256, 3, dtype=np.uint8) * 255)[test]
     test = np.where(np.arange(24) < 12, test, 255)
     images[:, :, 12:] = 77  # garbage below the ignored half
-    result = run_linear_probe(FakeEncoder((1,)), _set(train), _set(test, images), QUICK)
+    result = run_linear_probe(FakeEncoder((1,)), label_set(train), label_set(test, images), QUICK)
     assert result.scores["miou"] == 1
     train[:, :, 5:] = 255  # 120 labelled pixels an image, fewer than asked for
     assert (
-        run_linear_probe(FakeEncoder((1,)), _set(train), _set(_masks(1)), QUICK).scores["miou"] == 1
+        run_linear_probe(FakeEncoder((1,)), label_set(train), label_set(masks(1)), QUICK).scores[
+            "miou"
+        ]
+        == 1
     )
 
 
@@ -98,7 +75,7 @@ def test_projecting_the_levels_is_the_concatenated_hypercolumn(size):
 
 def test_scored_function_is_the_fitted_one():
     """BatchNorm folded into the weights predicts what it predicted on the cached features."""
-    train = _set(_masks(0, cell=6), (_masks(3) * 90).astype(np.uint8)[..., None].repeat(3, 3))
+    train = label_set(masks(0, cell=6), (masks(3) * 90).astype(np.uint8)[..., None].repeat(3, 3))
     every = LinearProbe(pixels_per_image=24 * 24, batch_pixels=512, steps=50)
     result = run_linear_probe(FakeEncoder((1, 4)), train, train, every)
     assert result.scores["pixel_accuracy"] == pytest.approx(
@@ -108,12 +85,12 @@ def test_scored_function_is_the_fitted_one():
 
 def test_full_mask_resolution_is_scored():
     """Features of stride 8 cannot follow 1-pixel labels; scored at stride 8 that would not show."""
-    result = run_linear_probe(FakeEncoder((8,)), _set(_masks(0)), _set(_masks(1)), QUICK)
+    result = run_linear_probe(FakeEncoder((8,)), label_set(masks(0)), label_set(masks(1)), QUICK)
     assert result.scores["pixel_accuracy"] < 0.6
 
 
 def test_seeds_and_options_change_something():
-    train, test = _set(_masks(0, cell=2)), _set(_masks(1, cell=2))
+    train, test = label_set(masks(0, cell=2)), label_set(masks(1, cell=2))
     run = lambda seed=0, **o: run_linear_probe(  # noqa: E731
         FakeEncoder((4, 8)),
         train,
@@ -131,52 +108,99 @@ def test_seeds_and_options_change_something():
 
 
 def test_images_of_different_sizes_and_examples():
-    masks = [m[: 24 - i] for i, m in enumerate(_masks(0))]
-    images = [(np.eye(256, 3, dtype=np.uint8) * 255)[m] for m in masks]
-    mixed = _set(_masks(0))
-    mixed.load = lambda i: (images[i], masks[i])
-    result = run_linear_probe(FakeEncoder(), mixed, mixed, QUICK, examples=3)
+    mixed = label_set([m[: 24 - i] for i, m in enumerate(masks(0))])
+    result = run_linear_probe(FakeEncoder((1, 4)), mixed, mixed, QUICK, examples=3)
     assert result.scores["miou"] == 1
     assert [image.shape[0] for image, _, _ in result.examples] == [24, 22, 19]
     assert "examples" not in result.as_dict()
-    batches = [len(items) for items, _ in normalized_batches(FakeEncoder(), _set(_masks(0)), 4)]
+    batches = [
+        len(items) for items, _ in normalized_batches(FakeEncoder((1, 4)), label_set(masks(0)), 4)
+    ]
     assert batches == [4, 2]
 
 
 def test_batchnorm_statistics_are_those_of_the_images():
-    encoder = FakeEncoder()
-    encoder.eval()
+    encoder = FakeEncoder((1, 4))
+    encoder.norm.eval()  # the modes stay, of every module
     before = encoder.norm.momentum
     images = torch.rand(16, 3, 8, 8) * 5 + 2
-    assert estimate_batchnorm(encoder, images.split(8)) == 16
+    assert estimate_batchnorm(encoder, images.split(6)) == 16  # the last batch of 4 counts less
     torch.testing.assert_close(encoder.norm.running_mean, images.mean((0, 2, 3)))
-    assert encoder.norm.momentum == before and not encoder.norm.training
+    assert encoder.norm.momentum == before and not encoder.norm.training and encoder.training
     assert estimate_batchnorm(nn.Linear(2, 2), []) == 0
 
 
+def test_batchnorm_statistics_of_images_of_mixed_sizes():
+    """Grey images: all the variance is between them, and none of it may be lost in batches."""
+    grey, sizes = np.linspace(0, 255, 16).astype(np.uint8), [(8 + i % 2, 12) for i in range(16)]
+    order = np.arange(16) * 5 % 16  # so that both batches are alike
+    images = [np.full((*size, 3), g) for size, g in zip(sizes, grey[order], strict=True)]
+    data = label_set([np.zeros(size) for size in sizes], images)
+    encoder = FakeEncoder()
+    assert estimate_on(encoder, data, 99) == 16
+    expected = grey.astype(float) / 255
+    assert encoder.norm.running_mean[0].item() == pytest.approx(expected.mean(), rel=1e-4)
+    assert encoder.norm.running_var[0].item() == pytest.approx(expected.var(), rel=0.1)
+
+
+def test_batchnorm_is_left_whole_where_it_cannot_be_estimated():
+    encoder = FakeEncoder()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        estimate_batchnorm(encoder.eval(), [torch.rand(1, 3, 1, 1)])
+    assert encoder.norm.momentum == 0.1 and not encoder.norm.training
+    encoder.norm.train()
+    encoder.norm(torch.rand(2, 3, 4, 4))  # no hook is left that would change it
+    assert encoder.norm.momentum == 0.1
+
+
+def test_scoring_holds_the_logits_of_one_image(monkeypatch):
+    seen = []
+
+    def project(levels, *rest):
+        seen.append(len(levels[0]))
+        return project_levels(levels, *rest)
+
+    monkeypatch.setattr(linear_probe, "project_levels", project)
+    run_linear_probe(FakeEncoder(), label_set(masks(0)), label_set(masks(1)), QUICK)
+    assert seen == [1] * 6
+
+
+def test_modes_come_back_whatever_happens():
+    good, encoder = label_set(masks(0)), FakeEncoder()
+    encoder.norm.eval()  # a frozen BatchNorm in a network that trains
+    run_linear_probe(encoder, good, good, QUICK)
+    assert encoder.training and not encoder.norm.training
+    encoder.scale.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="features of fake0 are not finite"):
+        run_linear_probe(encoder, good, good, QUICK)
+    assert encoder.training and not encoder.norm.training
+
+
 def test_bad_input():
-    good = _set(_masks(0))
+    good = label_set(masks(0))
     with pytest.raises(
         ValueError, match="no features 'stage3'; it has hypercolumn, stage1, stage2"
     ):
-        run_linear_probe(FakeEncoder(), good, good, LinearProbe(features="stage3"))
+        run_linear_probe(FakeEncoder((1, 4)), good, good, LinearProbe(features="stage3"))
     with pytest.raises(ValueError, match="no features 'embedding'"):
-        run_linear_probe(FakeEncoder(), good, good, LinearProbe(features="embedding"))
+        run_linear_probe(FakeEncoder((1, 4)), good, good, LinearProbe(features="embedding"))
     with pytest.raises(ValueError, match="classes differ"):
-        run_linear_probe(FakeEncoder(), good, _set(_masks(0), classes=4), QUICK)
-    broken = FakeEncoder()
+        run_linear_probe(FakeEncoder((1, 4)), good, label_set(masks(0), classes=4), QUICK)
+    broken = FakeEncoder((1, 4))
     broken.normalize = lambda images: torch.full((len(images), 3, 24, 24), torch.nan)
     with pytest.raises(ValueError, match="features of fake0 are not finite"):
         run_linear_probe(broken, good, good, QUICK)
+    with pytest.raises(ValueError, match=r"fake0: the encoder's map has \(12, 12\) cells"):
+        run_linear_probe(lying(), good, good, QUICK)
     with pytest.raises(ValueError, match="no training pixel has a label"):
-        run_linear_probe(FakeEncoder(), _set(np.full((2, 24, 24), 255)), good, QUICK)
+        run_linear_probe(FakeEncoder((1, 4)), label_set(np.full((2, 24, 24), 255)), good, QUICK)
 
 
 def test_the_embedding_of_an_encoder_with_a_head():
     encoder = FakeEncoder((1,))
     encoder.head = encoder.norm
     encoder.embed = lambda images: F.avg_pool2d(images, 4)
-    train, test = _set(_masks(0, cell=4)), _set(_masks(1, cell=4))
+    train, test = label_set(masks(0, cell=4)), label_set(masks(1, cell=4))
     protocol = LinearProbe(features="embedding", pixels_per_image=200, steps=300, lr=0.05)
     result = run_linear_probe(encoder, train, test, protocol)
     assert (

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fakes import FakeEncoder, label_set, masks
+from fakes import FakeEncoder, label_set, lying, masks
 
 from ssl_flow.evaluation import linear_probe_bn, segmentation_head
 from ssl_flow.evaluation.linear_probe_bn import BnProbe, distort_colors
 from ssl_flow.evaluation.linear_probe_plain import PlainProbe
 from ssl_flow.evaluation.segmentation_head import run_segmentation_head
+from ssl_flow.models import load_encoder
 
 BN = BnProbe(steps=60, warmup_steps=5, lr=0.3, batch_images=4, dropout=0, input_size=24, stride=16,
              scales=(1, 1))  # fmt: skip
@@ -89,19 +90,20 @@ def test_plain_step_is_the_published_one(monkeypatch):
 def test_bn_step_is_the_published_one(monkeypatch):
     """BatchNorm over the whole batch though the encoder runs in parts; all pixels in the mean."""
     protocol = replace(BN, forward_images=3)
+    monkeypatch.setattr(BnProbe, "learning_rate", lambda self, step, images: 0.3)  # one that shows
     head, losses, first, levels, mask = _one_step(protocol, monkeypatch)
     norm = first.before[0].train()
     logits = first.convolution(norm(levels[0]))
     logits = F.interpolate(logits, (24, 24), mode="bilinear")
     loss = F.cross_entropy(logits, mask, ignore_index=255, reduction="none").mean()
-    _same(head, first, loss, losses, protocol.learning_rate(0, 4))
+    _same(head, first, loss, losses, 0.3)
     torch.testing.assert_close(head.before[0][1].running_mean, norm[1].running_mean)
 
 
 def test_learning_rates_are_the_published_ones():
     bn = [BnProbe().learning_rate(step, 9) for step in (0, 1, 751, 1501, 20000, 39999)]
     expected = [1e-9, 1e-9, 4.90625e-4, 1e-3 / 2 * (1 + np.cos(np.pi * 1501 / 40000)), 5e-4, 0]
-    assert bn == pytest.approx(expected, rel=1e-5, abs=1e-8)
+    assert bn == pytest.approx(expected, rel=1e-5, abs=1e-11)
     plain = PlainProbe(batch_images=10)
     assert plain.total_steps(105) == 250  # 10 batches an epoch, the 5 images left are left out
     rates = [plain.learning_rate(step, 105) for step in (0, 199, 200, 249)]
@@ -211,3 +213,35 @@ def test_bad_input(protocol):
     with pytest.raises(ValueError, match=r"features of fake\d are not finite"):
         run_segmentation_head(broken, good, good, protocol)
     assert broken.training
+    with pytest.raises(ValueError, match=r"fake\d: the encoder's map has \(12, 12\) cells"):
+        run_segmentation_head(lying(), good, good, protocol)
+    with pytest.raises(ValueError, match="fake: no training pixel has a label"):
+        run_segmentation_head(FakeEncoder(), label_set(np.full((2, 24, 24), 255)), good, protocol)
+
+
+def test_batchnorm_of_a_single_cell_says_what_to_do():
+    one = label_set(masks(0, 1))
+    with pytest.raises(ValueError, match="a single value: use a larger input_size or more"):
+        run_segmentation_head(FakeEncoder((24,)), one, one, BN)
+
+
+def test_a_frozen_part_of_the_encoder_stays_frozen(true_colors):
+    data, encoder = label_set(masks(0)), FakeEncoder()
+    encoder.norm.eval()
+    run_segmentation_head(encoder, data, data, replace(BN, steps=6))
+    assert encoder.training and not encoder.norm.training
+
+
+@BOTH
+def test_an_encoder_without_weights(protocol):
+    data = label_set(masks(0, cell=8))
+    result = run_segmentation_head(load_encoder("handmade"), data, data, replace(protocol, lr=0.1))
+    assert result.scores["pixel_accuracy"] > 0.5
+
+
+def test_classes_in_strips_are_those_of_the_whole_image():
+    logits = torch.randn(1, 5, 20, 30, generator=torch.Generator().manual_seed(0))
+    for size in ((150, 71), (64, 64), (7, 9)):
+        expected = F.interpolate(logits, size, mode="bilinear")[0].argmax(0)
+        found = linear_probe_bn._largest(logits, size)
+        assert found.shape == size and (found == expected).float().mean() > 0.999
