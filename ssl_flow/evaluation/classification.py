@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -26,7 +26,12 @@ from tqdm import tqdm
 
 from ssl_flow.data.segmentation import Labelled
 from ssl_flow.evaluation.outcome import Outcome
-from ssl_flow.evaluation.pixel_features import check_finite, frozen, normalized_batches
+from ssl_flow.evaluation.pixel_features import (
+    check_finite,
+    frozen,
+    normalized_batches,
+    require_positive,
+)
 from ssl_flow.models.encoder import Encoder
 
 _ROWS = 4096  # images compared or fitted at once; no influence on the result
@@ -62,9 +67,7 @@ class Classification:
 
     def __post_init__(self) -> None:
         """ValueError for a value with which nothing could be classified."""
-        for key in ("crop", "neighbours", "temperature", "ridge", "iterations", "batch_images"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"{key} = {getattr(self, key)}, expected more than 0")
+        require_positive(self, *(f.name for f in fields(self)))
         if self.resize < self.crop:
             raise ValueError(f"resize = {self.resize} is less than crop = {self.crop}")
 

@@ -24,7 +24,7 @@ than scikit-learn's tolerance.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import numpy as np
@@ -41,7 +41,7 @@ from ssl_flow.evaluation.patch_features import (
     resize_mask,
     shrink_mask,
 )
-from ssl_flow.evaluation.pixel_features import check_features, frozen
+from ssl_flow.evaluation.pixel_features import check_features, frozen, require_positive
 from ssl_flow.evaluation.segmentation_scores import SegmentationScores
 from ssl_flow.models.encoder import Encoder
 
@@ -65,10 +65,7 @@ class Clustering:
 
     def __post_init__(self) -> None:
         """ValueError for a value with which nothing could be clustered."""
-        for name in ("image_size", "mask_size", "components", "overclusters", "seeds", "restarts",
-                     "iterations", "patches_per_cluster", "batch_images"):  # fmt: skip
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} = {getattr(self, name)}, expected more than 0")
+        require_positive(self, *(f.name for f in fields(self) if f.name != "features"))
 
 
 def run_clustering(

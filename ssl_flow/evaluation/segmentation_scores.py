@@ -11,6 +11,7 @@ from ssl_flow.data.segmentation import Labelled, SegmentationSet
 from ssl_flow.evaluation.metrics import ConfusionMatrix, iou_of, miou_of
 from ssl_flow.evaluation.outcome import Outcome
 from ssl_flow.evaluation.patch_features import resize_image
+from ssl_flow.evaluation.pixel_features import spread
 
 
 class SegmentationScores:
@@ -24,9 +25,7 @@ class SegmentationScores:
     def __init__(self, dataset: SegmentationSet, examples: int) -> None:
         """`examples` of the images are kept, spread evenly; the clock starts."""
         self._dataset = dataset
-        self._wanted = set(
-            np.linspace(0, len(dataset) - 1, min(examples, len(dataset))).astype(int)
-        )
+        self._wanted = spread(len(dataset), examples)
         self._counts: list[np.ndarray] = []
         self._items: list[str] = []
         self._examples: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
