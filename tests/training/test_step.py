@@ -97,7 +97,7 @@ def test_the_ridge_term_is_added_with_its_weight():
         return function()
 
     loss, embedding, ridge = again(lambda: module(*data))
-    expected = float(again(lambda: RidgeFlowLoss()(embedding, data.flow, data.weight)))
+    expected = float(again(lambda: RidgeFlowLoss()(embedding.detach(), data.flow, data.weight)))
     assert 0.5 < expected == pytest.approx(float(ridge))
     assert not ridge.requires_grad
     assert float(loss) == pytest.approx(float(plain(*data)[0]) + 0.5 * expected, rel=1e-5)
@@ -222,12 +222,12 @@ def test_processes_share_each_global_batch():
 def test_trying_a_step_leaves_no_trace_but_freezes_what_is_not_needed():
     torch.manual_seed(0)
     config = Config(data=DataConfig(crop=64, start_crop=32))
-    module = Objective(create_encoder("test_vit", 8, 16), CrossPixelFlowLoss(), None)
+    module = Objective(create_encoder("test_convnext", 8, 16), CrossPixelFlowLoss(), None)
     before = copy.deepcopy(module.state_dict())
     try_step(config, module, 2, CPU)
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
     frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
-    assert frozen == ["encoder.backbone.norm.weight", "encoder.backbone.norm.bias"]
+    assert frozen == ["encoder.backbone.head.norm.weight", "encoder.backbone.head.norm.bias"]
     assert all(p.grad is None for p in module.parameters())
 
 
