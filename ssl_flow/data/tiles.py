@@ -1,4 +1,4 @@
-"""Maps as sources of tiles (METHOD.md, Loc2Vec): pixels, place and labels of any spot of a map.
+"""Maps as sources of tiles for Loc2Vec: pixels, place and labels of any spot of a map.
 
     tile_map = open_map("tiles/osm_liechtenstein")           # or a GeoTIFF, or a folder of z/x/y
     x, y = tile_map.locate(np.array([[9.52, 47.14]]))[0]

@@ -1,7 +1,8 @@
 """Triplets of map tiles in a reproducible order: a place, the same place seen anew, a far one.
 
-Loc2Vec (METHOD.md): the positive is shifted, rotated, and some of its layers are switched off, or
-its colours changed if the map is a picture; anchor and negative are cut as they lie on the map.
+As in Loc2Vec (Sentiance, 2018), the positive is shifted, rotated, and some of its layers are
+switched off, or its colours changed if the map is a picture; anchor and negative are cut as they
+lie on the map.
 
     xy, _ = tile_map.draw_centres(20_000, 128, rng=np.random.default_rng(0))
     blocks = SpatialBlocks(block=3000, buffer=128 * 3.25 * 2**0.5 + 100)
@@ -11,7 +12,7 @@ its colours changed if the map is a picture; anchor and negative are cut as they
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,52 +22,9 @@ from torch.utils.data import Dataset
 from ssl_flow.data.georeference import great_circle
 from ssl_flow.data.pairs import sample_color
 from ssl_flow.data.sphere import around
+from ssl_flow.data.tiles import TileMap
 
 _TRIES = 100
-
-
-class Georeference(Protocol):
-    """How pixels and places belong together, see `ssl_flow.data.georeference`."""
-
-    def pixel(self, lonlat: np.ndarray) -> np.ndarray:
-        """(..., 2) longitudes and latitudes -> pixels, also such that lie outside."""
-
-
-class Map(Protocol):
-    """What is asked of a map, see `ssl_flow.data.tiles.TileMap`."""
-
-    @property
-    def channels(self) -> list[str]:
-        """Names."""
-
-    @property
-    def colour(self) -> np.ndarray:
-        """(C,) bool: red, green or blue of a picture; the others are layers."""
-
-    @property
-    def georeference(self) -> Georeference:
-        """Where it lies."""
-
-    def lonlat(self, xy: np.ndarray) -> np.ndarray:
-        """Pixels (..., 2) -> longitudes and latitudes."""
-
-    def is_inside(self, xy: np.ndarray) -> np.ndarray:
-        """(N,) bool: pixels (N, 2) on the map, in the part that is filled."""
-
-    def content(self, tile: np.ndarray) -> float:
-        """0 for an empty tile .. 1."""
-
-    def cut(
-        self,
-        x: float,
-        y: float,
-        side: int,
-        *,
-        scale: float = 1.0,
-        metres: float | None = None,
-        rotation: float = 0.0,
-    ) -> np.ndarray:
-        """(side, side, C) uint8 around a pixel."""
 
 
 class Triplet(NamedTuple):
@@ -92,7 +50,7 @@ class TripletTiles(Dataset[Triplet]):
 
     def __init__(
         self,
-        tile_map: Map,
+        tile_map: TileMap,
         centres: np.ndarray,
         length: int,
         side: int,

@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ssl_flow.data.classification import ClassificationSet
 from ssl_flow.data.segmentation import Labelled
 from ssl_flow.evaluation.outcome import Outcome
 from ssl_flow.evaluation.pixel_features import (
@@ -35,20 +36,6 @@ from ssl_flow.evaluation.pixel_features import (
 from ssl_flow.models.encoder import Encoder
 
 _ROWS = 4096  # images compared or fitted at once; no influence on the result
-
-
-class ClassifiedImages(Protocol):
-    """Images with their classes, as `open_classification` gives."""
-
-    @property
-    def classes(self) -> list[str]:
-        """Names of the classes, in the order of the indices."""
-
-    def __len__(self) -> int:
-        """The number of images."""
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int, str]:
-        """Image (H, W, 3) uint8 RGB, index of its class, its name."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +61,8 @@ class Classification:
 
 def run_classification(
     encoder: Encoder,
-    train_set: ClassifiedImages,
-    test_set: ClassifiedImages,
+    train_set: ClassificationSet,
+    test_set: ClassificationSet,
     protocol: Classification | None = None,
     progress: bool = True,
 ) -> Outcome:
@@ -130,7 +117,7 @@ def run_classification(
 
 
 def _pooled(
-    encoder: Encoder, images: ClassifiedImages, protocol: Classification, what: str, progress: bool
+    encoder: Encoder, images: ClassificationSet, protocol: Classification, what: str, progress: bool
 ) -> tuple[Tensor, Tensor, list[str]]:
     """Mean of the last map (N, C) float32, classes (N,) int64, names."""
 

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ssl_flow.data.segmentation import Labelled
+from ssl_flow.data.davis import Video
+from ssl_flow.data.labelled import Labelled
 from ssl_flow.evaluation.outcome import Outcome
 from ssl_flow.evaluation.pixel_features import (
     check_features,
@@ -38,24 +39,6 @@ from ssl_flow.evaluation.video_metrics import davis_summary, sequence_scores
 from ssl_flow.models.encoder import Encoder
 
 _TILE = 16  # side of the squares of cells that are looked up at once; no influence on the result
-
-
-class Video(Protocol):
-    """A sequence of frames with a mask on each, as `open_videos` gives."""
-
-    @property
-    def name(self) -> str:
-        """The sequence's."""
-
-    @property
-    def objects(self) -> int:
-        """How many the first mask shows."""
-
-    def __len__(self) -> int:
-        """The number of frames."""
-
-    def __getitem__(self, index: int) -> Labelled:
-        """Image, objects (H, W) uint8 with 0 = background and 1..objects, the frame's name."""
 
 
 @dataclass(frozen=True)
