@@ -21,17 +21,23 @@ class DataConfig:
     """What is learned from."""
 
     store: str = "synthetic"
-    """A store written by `ssl-flow flow`, or `synthetic`: videos made and analysed on the spot."""
-    videos: int = 150
-    """How many synthetic videos (only for `store: synthetic`)."""
+    """A store written by `ssl-flow flow`; `synthetic` or `synthetic:N`: N (150) videos, made and
+    analysed on the spot; `map:PATH`, a map for Loc2Vec (docs/loc2vec.md)."""
     crop: int = 128
-    """Side of the training crops in pixels, a multiple of 32."""
+    """Side of the training crops (or tiles) in pixels, a multiple of 32."""
     start_crop: int = 0
     """Side at the start, grows in steps of 32 to `crop` in two thirds of the run; 0 = off."""
     min_scale: float = 0.3
     """Smallest crop as a fraction of the area of the largest square in the frame."""
     color_jitter: float = 0.4
-    """Strength of brightness, contrast, saturation and hue changes; 0 = none."""
+    """Strength of brightness, contrast, saturation and hue changes; 0 = none. Half of it is the
+    probability for a map's layer to be switched off."""
+    metres: float = 200.0
+    """Side of a map's tile on the ground."""
+    shift: float = 0.5
+    """How far the positive of a triplet may lie from its anchor, in sides of a tile, up to 0.5."""
+    far: float = 3.0
+    """How far a negative has to lie, in sides of a tile."""
     workers: int = 1
     """Processes that read and augment; 0 = in the training process."""
 
@@ -55,14 +61,22 @@ class ModelConfig:
 class LossConfig:
     """The cross-pixel flow-similarity loss, and ridge regression of the flow beside it."""
 
-    objective: Literal["cross_entropy", "kernel_alignment", "regression"] = "cross_entropy"
-    """What compares the two kernel matrices."""
+    objective: Literal[
+        "cross_entropy",
+        "kernel_alignment",
+        "regression",
+        "triplet_margin",
+        "softmax_ratio",
+        "soft_pn",
+        "info_nce",
+    ] = "cross_entropy"
+    """What compares the two kernel matrices; of a map, the last four compare the triplets."""
     embedding_scale: float = 1.0
     """s of the embedding kernel, s * cosine."""
     learn_scale: bool = False
     """Learn s (log-parametrised)."""
     embedding_temperature: float = 0.1
-    """Softmax temperature of the embedding kernel (cross_entropy)."""
+    """Softmax temperature of the embedding kernel (cross_entropy, info_nce)."""
     flow_sigma: float = 0.5
     """Width of the Gaussian flow kernel, in units of the normalised flow."""
     flow_temperature: float = 0.1
@@ -73,8 +87,6 @@ class LossConfig:
     """Per image: zero mean and unit deviation; log compression to [-1, 1]; pixels as they are."""
     ridge_weight: float = 0.0
     """Weight of a second term: the flow that no linear map of the embedding explains; 0 = off."""
-    backend: Literal["auto", "triton", "chunked", "reference"] = "auto"
-    """Which implementation computes the loss."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +127,6 @@ class EvaluationConfig:
 
     data: str = "synthetic"
     """Labelled data for the linear probe, e.g. `camvid:PATH`; `none` = no score."""
-    seeds: int = 1
-    """Probe seeds; as many random encoders are probed beside them."""
     every: int = 0
     """Steps between short probes of a part of the images, which choose the best checkpoint;
     0 = off, the loss does."""
@@ -150,7 +160,9 @@ class Config:
             ("data.min_scale", 0 < self.data.min_scale <= 1, "in (0, 1]"),
             ("data.color_jitter", 0 <= self.data.color_jitter <= 1, "in [0, 1]"),
             ("data.workers", self.data.workers >= 0, "0 or more"),
-            ("data.videos", self.data.videos >= 1, "1 or more"),
+            ("data.metres", self.data.metres > 0, "above 0"),
+            ("data.shift", 0 <= self.data.shift <= 0.5, "in [0, 0.5]"),
+            ("data.far", self.data.far > self.data.shift, "above data.shift"),
             ("model.embedding_dim", self.model.embedding_dim >= 2, "2 or more"),
             ("model.hidden_dim", self.model.hidden_dim >= 1, "1 or more"),
             ("loss.ridge_weight", self.loss.ridge_weight >= 0, "0 or more"),
@@ -164,7 +176,6 @@ class Config:
             ("train.log_every", self.train.log_every >= 1, "1 or more"),
             ("train.checkpoint_every", self.train.checkpoint_every >= 1, "1 or more"),
             ("seed", 0 <= self.seed < 2**63, "in [0, 2**63)"),
-            ("evaluation.seeds", self.evaluation.seeds >= 1, "1 or more"),
             ("evaluation.every", self.evaluation.every >= 0, "0 or more"),
         ]
         for group in dataclasses.fields(self):

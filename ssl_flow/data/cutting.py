@@ -77,9 +77,9 @@ def content(tiles: np.ndarray, colour: bool) -> np.ndarray:
     """How much a tile shows, 0 to 1; (..., H, W, C) uint8 -> (...).
 
     Layers: the share of pixels where any layer is not 0. Pictures: the share of pixels of which a
-    channel is more than 16 of 255 from the tile's median (sea, cloud, sand or paper is all median).
+    channel is more than 6 of 255 from the tile's median (sea, cloud, sand or paper is all median).
     """
     if not colour:
         return np.asarray((tiles > 0).any(-1).mean((-2, -1)))
     middle = np.median(tiles, axis=(-3, -2), keepdims=True)
-    return np.asarray((np.abs(tiles - middle).max(-1) > 16).mean((-2, -1)))
+    return np.asarray((np.abs(tiles - middle).max(-1) > 6).mean((-2, -1)))

@@ -55,6 +55,15 @@ def open_map(path: Path | str, layers: Sequence[str] | None = None) -> TileMap:
     )
 
 
+def open_map_spec(spec: str) -> TileMap:
+    """`map:PATH`, or `map:PATH@NAME,NAME`: these layers or pictures of a folder; see `open_map`."""
+    place = spec.removeprefix("map:")
+    path, found, names = place.rpartition("@")
+    if not found or Path(place).exists():
+        return open_map(place)
+    return open_map(path, names.split(","))
+
+
 def _folder(folder: Path, wanted: Sequence[str] | None) -> TileMap:
     meta = _read_meta(folder / "meta.json")
     georeference = read_georeference(meta, folder / "meta.json")

@@ -91,19 +91,32 @@ class SpatialBlocks:
                 inner &= self._judges(np.stack(corner, -1))
         return inner
 
-    def _judges(self, places: np.ndarray) -> np.ndarray:
+    def cells(self, places: np.ndarray) -> np.ndarray:
+        """(N, 2) -> (N, 2): row and column of the block that each place is in."""
         lon, lat = np.asarray(places, np.float64).T
         angle = self.block / EARTH_RADIUS
         row = np.floor(np.radians(lat.clip(-90, 90)) / angle)
         poleward = np.maximum(np.abs(row), np.abs(row + 1)) * angle
         columns = np.floor(2 * np.pi * np.cos(np.minimum(poleward, np.pi / 2)) / angle).clip(1)
-        column = np.floor((_wrapped(lon) + 180) / 360 * columns)
+        return np.stack([row, np.floor((_wrapped(lon) + 180) / 360 * columns)], -1)
+
+    def _judges(self, places: np.ndarray) -> np.ndarray:
+        row, column = self.cells(places).T
         # A lattice that fills the unit interval evenly along both axes (Roberts' R2 sequence): even
         # of a few blocks of a region about the wanted share judges, which chance would miss.
         start = np.random.default_rng(self.seed).uniform()
         draw = (start + 0.7548776662466927 * row + 0.5698402909980532 * column) % 1
         judges: np.ndarray = draw < self.judged
         return judges
+
+
+def tile_blocks(metres: float) -> SpatialBlocks:
+    """The blocks by which Loc2Vec is trained and judged on tiles of a side of `metres`.
+
+    8 tiles high, with a strip of 2: more than sqrt(2) for rotated tiles and half a tile of shift.
+    Nothing else decides, so an encoder is never judged where it was trained.
+    """
+    return SpatialBlocks(block=8 * metres, buffer=2 * metres)
 
 
 def _wrapped(lon: np.ndarray) -> np.ndarray:

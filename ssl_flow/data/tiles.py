@@ -21,6 +21,8 @@ from ssl_flow.data.cutting import content, sample, tile_matrix
 from ssl_flow.data.georeference import Georeference, metres_per_pixel
 from ssl_flow.data.mosaic import Mosaic, Raster
 
+NO_LAND = ("unknown", "water", "ocean")
+"""Names of classes that mean: nothing to learn from here."""
 _PATIENCE = 20_000  # draws before a map that gave fewer than 10 in as many is called empty
 
 
@@ -79,15 +81,25 @@ class TileMap:
         xy = np.asarray(xy, np.float64)
         return np.asarray(((xy >= -0.5) & (xy < np.array(self.size) - 0.5)).all(-1))
 
-    def fits(self, xy: np.ndarray, side: int, scale: float = 1.0) -> np.ndarray:
+    def fits(
+        self, xy: np.ndarray, side: int, scale: float = 1.0, metres: float | None = None
+    ) -> np.ndarray:
         """(N,) bool: a tile of `side` pixels around (N, 2) lies on the map at any rotation."""
-        reach = side * scale * 0.5**0.5 - 0.5
+        reach = side * self._step(xy, side, scale, metres) * 0.5**0.5 - 0.5
         return np.asarray(((xy >= reach) & (xy <= np.array(self.size) - 1 - reach)).all(-1))
 
     def is_inside(self, xy: np.ndarray) -> np.ndarray:
         """(N,) bool: on the map and, where it has a mask `inside`, in the part that is filled."""
         found = self.contains(xy)
         return found if self.inside is None else found & (self.inside.at(xy)[:, 0] > 0)
+
+    def is_land(self, xy: np.ndarray) -> np.ndarray:
+        """(N,) bool: none of the labels there is named as in `NO_LAND`; True without labels."""
+        found = np.ones(len(xy), bool)
+        for mosaic in self.labels.values():
+            names = (mosaic.names or {}).items()
+            found &= ~np.isin(mosaic.at(xy)[:, 0], [v for v, n in names if n.lower() in NO_LAND])
+        return found
 
     def metres_per_pixel(self, xy: np.ndarray) -> np.ndarray:
         """(N, 2) pixels -> (N, 2) metres that a pixel is wide and high there."""
@@ -152,6 +164,7 @@ class TileMap:
         side: int,
         *,
         scale: float = 1.0,
+        metres: float | None = None,
         least_content: float = 0.05,
         where: Callable[[np.ndarray], np.ndarray] | None = None,
         rng: np.random.Generator,
@@ -163,7 +176,7 @@ class TileMap:
         ValueError when such are too rare: the map is all empty.
         """
         width, height = self.size
-        self._matrix((width - 1) / 2, (height - 1) / 2, side, scale, None, 0.0)
+        self._matrix((width - 1) / 2, (height - 1) / 2, side, scale, metres, 0.0)
         grid = np.stack(np.meshgrid(*(np.linspace(0, n - 1, 16) for n in self.size)), -1)
         largest = self.metres_per_pixel(grid.reshape(-1, 2)).prod(-1).max()
         found: list[np.ndarray] = []
@@ -173,17 +186,20 @@ class TileMap:
             xy = rng.uniform(-0.5, np.array(self.size) - 0.5, (1024, 2))
             drawn += len(xy)
             keep = rng.uniform(size=len(xy)) * largest < self.metres_per_pixel(xy).prod(-1)
-            xy = xy[keep & self.fits(xy, side, scale) & self.is_inside(xy)]
+            xy = xy[keep & self.is_inside(xy)]
+            xy = xy[self.fits(xy, side, scale, metres)]
             for centre in xy if where is None else xy[where(xy)]:
-                amount = self.content(self.cut(centre[0], centre[1], side, scale=scale))
+                tile = self.cut(centre[0], centre[1], side, scale=scale, metres=metres)
+                amount = self.content(tile)
                 if amount >= least_content:
                     found.append(centre)
                     shown.append(amount)
                 if len(found) == count:
                     return np.array(found), np.array(shown)
+        width_text = f"scale {scale:g}" if metres is None else f"{metres:g} m"
         raise ValueError(
-            f"{self.path}: of {drawn} random tiles of {side} pixels at scale {scale:g}, "
-            f"{len(found)} lie inside and show anything (content of {least_content:g} or more). "
+            f"{self.path}: of {drawn} random tiles of {side} pixels ({width_text}), {len(found)} "
+            f"lie where they may and show anything (content of {least_content:g} or more). "
             "Is the map empty? Else take smaller tiles, or a lower least_content"
         )
 
@@ -201,14 +217,17 @@ class TileMap:
         if not self.contains(np.array([x, y])):
             width, height = self.size
             raise ValueError(f"({x:g}, {y:g}) is outside of {self.path}, {width}x{height} pixels")
-        step = (scale, scale)
-        if metres is not None:
-            along_x, along_y = self.metres_per_pixel(np.array([x, y])).tolist()
-            step = (metres / side / along_x, metres / side / along_y)
+        step = self._step(np.array([x, y]), side, scale, metres)
         for length, axis, name in zip(self.size, step, ("wide", "high"), strict=True):
             if side * axis > length:
                 raise ValueError(
                     f"a tile of {side * axis:.0f} map pixels is larger than {self.path}, "
                     f"{length} pixels {name}: take a smaller side, scale or number of metres"
                 )
-        return tile_matrix((x, y), side, step, rotation)
+        return tile_matrix((x, y), side, (float(step[0]), float(step[1])), rotation)
+
+    def _step(self, xy: np.ndarray, side: int, scale: float, metres: float | None) -> np.ndarray:
+        """(..., 2): map pixels that a pixel of a tile around (..., 2) is wide and high."""
+        if metres is None:
+            return np.full(np.shape(xy), scale)
+        return metres / side / self.metres_per_pixel(np.asarray(xy, np.float64))

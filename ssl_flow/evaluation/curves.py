@@ -48,6 +48,7 @@ _PANELS = [
     Panel("flow a linear map leaves unexplained", "share", {"ridge": ""}),
     Panel("effective rank of the embedding", "dimensions", {"effective_rank": ""}),
     Panel("spread of the embedding", "standard deviation", {"embedding_std": ""}),
+    Panel("mined triplets in the wrong order", "share", {"wrong_triplets": ""}),
     Panel("gradient norm", "norm, log scale", {"gradient_norm": ""}, "log"),
     Panel("learning rate", "learning rate", {"learning_rate": ""}, "from_zero", False),
     Panel("speed", "images / s", {"images_per_second": ""}, "from_zero"),

@@ -16,6 +16,7 @@ import tyro
 from ssl_flow.data.classification import ClassificationSet, open_classification
 from ssl_flow.data.davis import open_videos
 from ssl_flow.data.flow_pairs import open_flow_pairs
+from ssl_flow.data.open_map import open_map_spec
 from ssl_flow.data.segmentation import SegmentationSet, open_segmentation
 from ssl_flow.evaluation.classification import Classification, run_classification
 from ssl_flow.evaluation.clustering import Clustering, run_clustering
@@ -26,6 +27,7 @@ from ssl_flow.evaluation.label_propagation import LabelPropagation, run_label_pr
 from ssl_flow.evaluation.linear_probe import LinearProbe, run_linear_probe
 from ssl_flow.evaluation.linear_probe_bn import BnProbe
 from ssl_flow.evaluation.linear_probe_plain import PlainProbe
+from ssl_flow.evaluation.loc2vec import Loc2Vec, run_loc2vec
 from ssl_flow.evaluation.outcome import Outcome
 from ssl_flow.evaluation.segmentation_head import run_segmentation_head
 
@@ -37,7 +39,7 @@ class Entry:
     settings: type[Any]
     run: Callable[..., Outcome]
     kind: str = "segmentation"
-    """Of the data: segmentation, videos, images, pairs."""
+    """Of the data: segmentation, videos, images, pairs, maps."""
     seeded: bool = True
     """Whether something in it is drawn. If not, one run says it all, but for random encoders."""
     cached: bool = False
@@ -56,6 +58,7 @@ PROTOCOLS = {
         Entry(LabelPropagation, run_label_propagation, "videos", seeded=False),
         Entry(Classification, run_classification, "images", seeded=False),
         Entry(Correspondence, run_correspondence, "pairs", seeded=False),
+        Entry(Loc2Vec, run_loc2vec, "maps", seeded=False),
     )
 }
 # What a spec must begin with; segmentation takes all that no other kind has for itself.
@@ -63,6 +66,7 @@ _PREFIXES = {
     "videos": ("davis", "davis2016"),
     "images": ("imagefolder",),
     "pairs": ("middlebury", "synthetic"),
+    "maps": ("map",),
 }
 
 
@@ -81,19 +85,19 @@ class Data:
     """The images that give a random encoder its BatchNorm statistics."""
     about: dict[str, Any]
     unit: str
-    """Over what intervals are taken: images, sequences, pairs."""
+    """Over what intervals are taken: images, sequences, pairs, blocks of a map."""
     digest: str
 
     def unit_of(self, item: str) -> str:
         """Scored items of the same name here belong together (frames or objects of a sequence)."""
-        return item.rpartition("/")[0] if self.unit == "sequences" else item
+        return item.rpartition("/")[0] if self.unit in ("sequences", "blocks") else item
 
 
 def fits(kind: str, spec: str) -> bool:
     """Whether protocols of a kind take this data."""
     prefix = spec.partition(":")[0]
     if kind == "segmentation":
-        return prefix not in ("davis2016", "imagefolder", "middlebury")
+        return prefix not in ("davis2016", "imagefolder", "middlebury", "map")
     return prefix in _PREFIXES[kind]
 
 
@@ -123,6 +127,13 @@ def open_data(kind: str, spec: str) -> Data:
         about = {"train": sets[0].protocol, "test": sets[1].protocol}
         files = [*sets[0].files, *sets[1].files]
         return _data(spec, kind, sets, shown, seen, about, "images", files)
+    if kind == "maps":
+        tile_map = open_map_spec(spec)
+        none = _images(tile_map.path.name, [], lambda k: ())
+        files = [p for p in sorted(tile_map.path.rglob("*")) if p.is_file()] or [tile_map.path]
+        about = {"channels": tile_map.channels, "test": {"rule": "blocks of 8 x 8 tiles, 30 %, "
+                 "less a strip of 2 tiles at their borders; train: the other blocks"}}  # fmt: skip
+        return _data(spec, kind, (tile_map,), none, none, about, "blocks", files)
     pairs = open_flow_pairs(spec)
     shown = _images(pairs.name, pairs.names, lambda k: pairs[k][:1])
     return _data(spec, kind, (pairs,), shown, shown, {"test": pairs.protocol}, "pairs", [])
@@ -201,11 +212,13 @@ def _data(
     files: Sequence[Path],
 ) -> Data:
     """The set with its digest: names, sizes and times of files, pixels where there are no files."""
-    digest = hashlib.sha256(repr((kind, seen.names, shown.names, shown.classes)).encode())
+    digest = hashlib.sha256(
+        repr((kind, seen.names, shown.names, shown.classes, about.get("channels"))).encode()
+    )
     for file in files:
         status = Path(file).stat()
         digest.update(f"{Path(file).name} {status.st_size} {status.st_mtime_ns} ".encode())
-    for index in sorted({0, len(shown) // 2, len(shown) - 1}):
+    for index in sorted({0, len(shown) // 2, len(shown) - 1} if len(shown) else ()):
         item = shown[index]  # also says what is wrong with it before any work
         digest.update(item.image.tobytes() + item.mask.tobytes())
     return Data(spec, shown.name, kind, sets, shown, seen, about, unit, digest.hexdigest())

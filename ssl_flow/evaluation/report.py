@@ -71,7 +71,8 @@ a cross entropy cannot fall below the entropy of its target.</p>
 </body></html>
 """
 _CAPTIONS = {
-    "training": "frame, flow (colour: direction), embedding (three principal components)",
+    "training": "frame, flow (colour: direction), embedding (three principal components); or of a "
+    "map anchors, their positives, the nearest other anchors",
     "probe_pretrained": "pretrained encoder, probed: image, truth, prediction",
     "probe_random": "random encoder, probed: image, truth, prediction",
 }
@@ -112,7 +113,8 @@ def _write(
         write_atomically(run / "pictures" / "curves.png", png(sheet))
     files = [p for p in (run / "pictures").glob("*.png") if p.stem != "curves"]
     files.sort(key=lambda p: (p.stem != "training", p.stem))
-    call = f"encoder = ssl_flow.load_encoder({json.dumps(str(encoder), ensure_ascii=False)})"
+    loader = "models.load_tile_encoder" if "tile_encoder" in _text(encoder) else "load_encoder"
+    call = f"encoder = ssl_flow.{loader}({json.dumps(str(encoder), ensure_ascii=False)})"
     page = Environment(autoescape=True).from_string(_PAGE).render(
         log=log,
         problems=_problems(log),
@@ -127,6 +129,11 @@ def _write(
     report = run / "report.html"
     write_atomically(report, page.encode(errors="replace"))
     return report
+
+
+def _text(encoder: Path) -> str:
+    file = encoder / "config.json"
+    return file.read_text(encoding="utf-8") if file.exists() else ""
 
 
 def _read_probe(path: Path) -> dict[str, Any]:

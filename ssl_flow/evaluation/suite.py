@@ -17,6 +17,7 @@ import tyro
 
 from ssl_flow.evaluation.cells import cell_path, load_cell, save_cell
 from ssl_flow.evaluation.feature_cache import encoder_digest
+from ssl_flow.evaluation.loc2vec import check_tile, judged_digest, load_judged
 from ssl_flow.evaluation.outcome import Outcome
 from ssl_flow.evaluation.pixel_features import check_features, estimate_on
 from ssl_flow.evaluation.protocols import (
@@ -27,7 +28,7 @@ from ssl_flow.evaluation.protocols import (
     open_data,
     run_protocol,
 )
-from ssl_flow.models import Encoder, WeightsError, load_encoder, pick_device
+from ssl_flow.models import WeightsError, load_encoder, pick_device
 
 
 @dataclass
@@ -36,11 +37,13 @@ class Options:
 
     encoders: Annotated[list[str], tyro.conf.arg(aliases=["--encoder"])]
     """One row each: FOLDER | timm:NAME | random:NAME | torchvision:NAME | python:MODULE:FUNCTION |
-    handmade, or a comma-joined list of encoders of one method (its pretraining seeds), which become
-    one row with their mean and spread. NAME=SPEC gives the row another name."""
+    handmade (for maps FOLDER | random:NAME | histograms), or a comma-joined list of encoders of one
+    method (its pretraining seeds), which become one row with their mean and spread. NAME=SPEC gives
+    the row another name."""
     data: list[str]
     """camvid:PATH | voc:PATH | cityscapes:PATH | ade20k:PATH | cocostuff:PATH | davis:PATH |
-    folder:PATH | synthetic | davis2016:PATH | imagefolder:PATH | middlebury:PATH, one or several.
+    folder:PATH | synthetic | davis2016:PATH | imagefolder:PATH | middlebury:PATH | map:PATH, one
+    or several.
     Each goes to the protocols that take it."""
     out: Path
     """Folder for report.html, results.json, results.csv, results.md and cells/."""
@@ -92,7 +95,7 @@ def plan(options: Options, settings: dict[str, Any]) -> list[Cell]:
     if len(rows) < len(options.encoders):
         raise ValueError(f"two encoders of the same name: {', '.join(options.encoders)}")
     runs = dict.fromkeys(run for part in rows.values() for run in part)
-    digests = {run: _check_encoder(*run, settings) for run in runs}
+    digests = {run: _check_encoder(*run, settings, sets) for run in runs}
     folder = options.out / "cells"
     folder.mkdir(parents=True, exist_ok=True)
     cells: dict[tuple[str, Path], Cell] = {}
@@ -147,9 +150,15 @@ def parse_row(text: str, seeds: int) -> tuple[str, list[tuple[str, int]]]:
     return name, [(specs[0], seed) for seed in range(seeds)]
 
 
-def _check_encoder(spec: str, seed: int, settings: dict[str, Any]) -> str:
+def _check_encoder(spec: str, seed: int, settings: dict[str, Any], sets: Sequence[Data]) -> str:
     """The digest of an encoder that can be loaded and has the features that protocols ask for."""
     try:
+        if maps := [data for data in sets if data.kind == "maps"]:
+            if len(maps) < len(sets):
+                raise ValueError("loc2vec judges encoders of tiles: judge others in another call")
+            for data in maps:
+                check_tile(load_judged(spec, seed, *data.sets), settings["loc2vec"])
+            return judged_digest(spec, seed)
         encoder = load_encoder(spec, seed=seed)
         for protocol in settings.values():
             if getattr(protocol, "features", None):
@@ -165,7 +174,8 @@ def run_cells(cells: Sequence[Cell], options: Options) -> None:
     if len(missing) < len(cells):
         _say(f"{len(cells) - len(missing)} of {len(cells)} cells are there already")
     costs: dict[tuple[str, str], list[float]] = {}
-    encoder, ready = None, None  # the encoder at hand, and for what
+    encoder: Any = None
+    ready = None  # the encoder at hand, and for what
     for number, cell in enumerate(missing, start=1):
         name = f"{cell.data.name} {cell.settings.name} {cell.label}"
         spec = "" if cell.spec == cell.label else f"{cell.spec}, "
@@ -191,9 +201,11 @@ def run_cells(cells: Sequence[Cell], options: Options) -> None:
         _say(f"[{number}/{len(missing)}] {name}: {said} in {seconds:.0f} s{left}")
 
 
-def prepared(cell: Cell, options: Options) -> Encoder:
+def prepared(cell: Cell, options: Options) -> Any:  # noqa: ANN401
     """The cell's encoder on its device; a random one with BatchNorm statistics of the data."""
-    encoder = load_encoder(cell.spec, seed=cell.seed).to(pick_device(options.device))
+    if cell.data.kind == "maps":
+        return load_judged(cell.spec, cell.seed, *cell.data.sets).to(pick_device(options.device))
+    encoder: Any = load_encoder(cell.spec, seed=cell.seed).to(pick_device(options.device))
     if cell.about["batchnorm_images"]:
         estimate_on(encoder, cell.data.seen, cell.about["batchnorm_images"])
     return encoder

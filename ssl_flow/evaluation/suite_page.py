@@ -93,6 +93,10 @@ at every pixel. Which colour is which means nothing.</p>
 from the smallest value in these images (dark) to the largest (bright), for each encoder by itself.
 </p>{% endif %}
 {% endfor %}
+{% for title, shown in sheets %}<h2>{{ title }}</h2>
+{% for caption, picture in shown %}<p>{{ caption | capitalize }}</p>
+{% if picture %}<img alt="{{ caption }}" src="{{ picture }}" style="max-width: 100%">{% endif %}
+{% endfor %}{% endfor %}
 <h2>How this was made</h2>
 <pre class="command">{{ command }}</pre>
 <p>{{ date }}; {{ versions }}.</p>

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ import cv2
 import numpy as np
 
 from ssl_flow.evaluation import feature_pictures as features
+from ssl_flow.evaluation.loc2vec import estimate_untrained, judged_tiles
+from ssl_flow.evaluation.loc2vec_pictures import draw_pictures
 from ssl_flow.evaluation.metrics import miou_of
 from ssl_flow.evaluation.outcome import Outcome
 from ssl_flow.evaluation.pictures import palette
@@ -103,6 +106,32 @@ def feature_strips(data: Data, cells: Sequence[Cell], options: Options) -> dict[
         except Exception as error:  # a picture must not cost the report
             pca.append((label, f"failed: {error}"))
     return {"name": data.name, "image": image, "pca": pca, "marks": placed}
+
+
+def map_sheets(
+    data: Data, cells: Sequence[Cell], options: Options
+) -> list[tuple[str, list[tuple[str, str]]]]:
+    """For each encoder of a map its pictures: (title, (caption, data URI)); also as files."""
+    firsts: dict[str, Cell] = {}
+    for cell in (cell for cell in cells if cell.data.spec == data.spec):
+        firsts.setdefault(cell.label, cell)
+    folder, sheets = options.out / "pictures", []
+    folder.mkdir(exist_ok=True)
+    for label, cell in firsts.items():
+        shown = []
+        try:
+            train, judged, _ = judged_tiles(data.sets[0], cell.settings)
+            encoder = prepared(cell, options)
+            estimate_untrained(encoder, train.tiles)
+            drawn = draw_pictures(encoder, data.sets[0], cell.settings, judged)
+            for name, caption, picture in drawn:
+                file = re.sub(r"[^\w.-]", "_", f"{data.name}_{label}_{name}.png")
+                cv2.imwrite(str(folder / file), picture[..., ::-1])
+                shown.append((caption, _uri(picture)))
+        except Exception as error:  # a picture must not cost the report
+            shown.append((f"failed: {error}", ""))
+        sheets.append((f"{data.name}: {label}", shown))
+    return sheets
 
 
 def _tile(image: np.ndarray) -> tuple[int, int]:

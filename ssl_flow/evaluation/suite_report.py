@@ -20,7 +20,13 @@ from ssl_flow.evaluation.pictures import palette
 from ssl_flow.evaluation.protocols import Data
 from ssl_flow.evaluation.suite import Cell, Options
 from ssl_flow.evaluation.suite_page import PAGE
-from ssl_flow.evaluation.suite_pictures import feature_strips, hardest, predictions, short
+from ssl_flow.evaluation.suite_pictures import (
+    feature_strips,
+    hardest,
+    map_sheets,
+    predictions,
+    short,
+)
 from ssl_flow.flow.shard import write_atomically
 from ssl_flow.models import pick_device
 
@@ -76,7 +82,10 @@ def _page(cells: Sequence[Cell], options: Options, results: dict[str, Any]) -> s
         failures=[f"{c.data.name}, {c.settings.name}, {c.label} ({c.spec}, seed {c.seed}): "
                   f"{c.error}" for c in cells if c.error],
         tables=parts,
-        pictures=[feature_strips(data, cells, options) for data in sets.values()],
+        pictures=[feature_strips(data, cells, options) for data in sets.values()
+                  if data.kind != "maps"],
+        sheets=[sheet for data in sets.values() if data.kind == "maps"
+                for sheet in map_sheets(data, cells, options)],
         command=results["command"],
         date=results["date"],
         versions=", ".join(f"{k} {v}" for k, v in results["versions"].items()),

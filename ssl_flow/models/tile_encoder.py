@@ -8,16 +8,18 @@ from typing import Any
 
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ssl_flow.models.encoder import Normalization, create_backbone
 from ssl_flow.models.folder import load_encoder, load_tensors, read_folder, write_folder
 
 
 class TileEncoder(nn.Module):
-    """A timm backbone and its own pooling, then a linear layer: a tile -> D numbers of any length.
+    """A timm backbone and its own pooling, then a linear layer: a tile -> D numbers.
 
     `channels` names the channels of the tiles it takes, in order; `tile` holds the arguments with
-    which they were cut (`tile_map.cut(x, y, **encoder.tile)`), empty where nobody said.
+    which they were cut (`tile_map.cut(x, y, **encoder.tile)`), empty where nobody said. With
+    `unit_length` embeddings are brought to it, so that Euclidean distances order as cosines do.
     """
 
     def __init__(
@@ -29,13 +31,14 @@ class TileEncoder(nn.Module):
         embedding_dim: int,
         normalization: Normalization,
         tile: dict[str, Any] | None = None,
+        unit_length: bool = False,
     ) -> None:
         """`architecture` and `model_args` are what `timm.create_model` needs to build it again."""
         super().__init__()
         self.backbone = backbone
         self.architecture, self.model_args = architecture, dict(model_args)
         self.channels, self.normalization = list(channels), normalization
-        self.tile = dict(tile or {})
+        self.tile, self.unit_length = dict(tile or {}), unit_length
         # They differ where a hidden layer follows the pooling (MobileNetV3).
         width: Any = getattr(backbone, "head_hidden_size", None) or backbone.num_features
         self.head = nn.Linear(width, embedding_dim)
@@ -51,9 +54,9 @@ class TileEncoder(nn.Module):
         return pooled
 
     def forward(self, tiles: Tensor) -> Tensor:
-        """(B, C, H, W) normalised tiles -> embeddings (B, D), not brought to unit length."""
+        """(B, C, H, W) normalised tiles -> embeddings (B, D)."""
         embedding: Tensor = self.head(self.features(tiles))
-        return embedding
+        return F.normalize(embedding.float(), dim=1) if self.unit_length else embedding
 
     def normalize(self, tiles: Tensor) -> Tensor:
         """(B, H, W, C) uint8, as maps are cut -> (B, C, H, W) float32, as the backbone expects."""
@@ -66,6 +69,7 @@ def create_tile_encoder(
     embedding_dim: int = 16,
     normalization: Normalization | None = None,
     tile: dict[str, Any] | None = None,
+    unit_length: bool = False,
 ) -> TileEncoder:
     """Build an encoder of tiles to train.
 
@@ -80,6 +84,7 @@ def create_tile_encoder(
         normalization: of the channels; None = the backbone's for 3 channels, else values in 0..1
             as they are.
         tile: how tiles are cut, to be kept with the weights.
+        unit_length: bring embeddings to it.
 
     Raises:
         FileNotFoundError, ValueError, WeightsError: see `load_encoder`.
@@ -103,16 +108,22 @@ def create_tile_encoder(
     if normalization is None:
         normalization = own if count == 3 else Normalization((0.0,) * count, (1.0,) * count)
     return TileEncoder(
-        backbone, architecture, model_args, channels, embedding_dim, normalization, tile
+        backbone,
+        architecture,
+        model_args,
+        channels,
+        embedding_dim,
+        normalization,
+        tile,
+        unit_length,
     )
 
 
 def save_tile_encoder(encoder: TileEncoder, folder: str | Path) -> Path:
     """Write a folder as `save_encoder` does; the backbone in it loads with timm too."""
-    own = {"channels": encoder.channels, "embedding_dim": encoder.embedding_dim}
-    return write_folder(
-        encoder, folder, encoder.head, {"tile_encoder": {**own, "tile": encoder.tile}}
-    )
+    own = {name: getattr(encoder, name) for name in ("channels", "embedding_dim", "tile",
+                                                     "unit_length")}  # fmt: skip
+    return write_folder(encoder, folder, encoder.head, {"tile_encoder": own})
 
 
 def load_tile_encoder(folder: str | Path) -> TileEncoder:
@@ -139,6 +150,7 @@ def load_tile_encoder(folder: str | Path) -> TileEncoder:
         own["embedding_dim"],
         Normalization(tuple(pixels["mean"]), tuple(pixels["std"])),
         own["tile"],
+        own.get("unit_length", False),
     )
     load_tensors(encoder.head, found / "head.safetensors")
     return encoder.eval()

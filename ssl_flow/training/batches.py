@@ -1,32 +1,19 @@
-"""A store -> the batches of a run: which examples, at which size, for which process."""
+"""The batches of a run: which examples, at which size, for which process."""
 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import cv2
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ssl_flow.config import Config
-from ssl_flow.data.augment import Windows, augment, normalize_flow
-from ssl_flow.data.pairs import FlowPairs, Window, collate
-from ssl_flow.flow import FlowStore, extract
-from ssl_flow.models import Encoder
 from ssl_flow.training.distributed import World
 from ssl_flow.training.safety import ignore_stop_signals
-from ssl_flow.training.step import Batch
-
-
-def make_pairs(config: Config, store: FlowStore) -> FlowPairs:
-    """The examples of the whole run; example k belongs to step k // batch_size."""
-    data, train = config.data, config.train
-    length = train.steps * train.batch_size
-    return FlowPairs(store, length, data.min_scale, data.color_jitter, config.seed)
 
 
 class Share(Sampler[list[int]]):
@@ -50,12 +37,16 @@ class Share(Sampler[list[int]]):
 
 
 def make_loader(
-    config: Config, pairs: FlowPairs, world: World, first_step: int
-) -> DataLoader[Window]:
+    config: Config,
+    examples: Dataset[Any],
+    collate: Callable[[list[Any]], Any],
+    world: World,
+    first_step: int,
+) -> DataLoader[Any]:
     """Batches of this process, the same whatever the number of workers or restarts."""
     workers = config.data.workers
     return DataLoader(
-        pairs,
+        examples,
         batch_sampler=Share(config, world, first_step),
         collate_fn=collate,
         num_workers=workers,
@@ -67,7 +58,7 @@ def make_loader(
 
 
 @contextmanager
-def reading(loader: DataLoader[Window]) -> Iterator[Iterator[Windows]]:
+def reading(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
     """Iterate over a loader and end its processes, whatever happens.
 
     They ignore the signal with which Python would end them at its exit, to wait for them forever.
@@ -80,17 +71,6 @@ def reading(loader: DataLoader[Window]) -> Iterator[Iterator[Windows]]:
             batches._shutdown_workers()
 
 
-def make_batch(windows: Windows, side: int, encoder: Encoder, config: Config) -> Batch:
-    """What the loader gives -> crops of `side` pixels, as the step takes them, on the device."""
-    device = next(encoder.parameters()).device
-    pair = augment(windows.to(device), (side, side))
-    return Batch(
-        encoder.normalize(pair.image).contiguous(memory_format=torch.channels_last),
-        normalize_flow(pair.flow, pair.weight, config.loss.flow_normalization),
-        pair.weight,
-    )
-
-
 def crop_side(config: Config, step: int) -> int:
     """Side of the crops of step 0, 1, ... in pixels: a multiple of 32 that grows to `data.crop`.
 
@@ -101,24 +81,6 @@ def crop_side(config: Config, step: int) -> int:
     stages = (last - start) // 32  # below the full side
     done = step / (2 / 3 * config.train.steps)
     return min(last, start + 32 * int(done * stages))
-
-
-def open_store(path: str) -> FlowStore:
-    """Open a store; ValueError when it holds no pairs."""
-    store = FlowStore(path)
-    if len(store) == 0:
-        raise ValueError(f"the flow store {path} holds no pairs; its problems.jsonl says why")
-    return store
-
-
-def synthetic_store(config: Config, path: Path) -> str:
-    """Make synthetic videos and their flow; the path of the store."""
-    from ssl_flow.data.synthetic import synthetic_sources
-
-    print("synthetic videos: computing optical flow from their frames", flush=True)
-    sources = synthetic_sources(config.data.videos, config.seed)
-    extract(sources, path, method="farneback", size=128, gap=0.1, workers=2, progress=True)
-    return str(path)
 
 
 def _prepare_reader(_: int) -> None:

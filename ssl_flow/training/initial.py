@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_flow.config import Config
-from ssl_flow.models import Encoder, load_encoder
+from ssl_flow.models import Encoder, TileEncoder, load_encoder
 from ssl_flow.models.encoder import Normalization
 from ssl_flow.training.checkpoint import read_checkpoint
 from ssl_flow.training.safety import MemoryAdvice, explain_out_of_memory
-from ssl_flow.training.step import Objective
 
 
 def initialize(encoder: Encoder, spec: str) -> str:
@@ -82,24 +82,24 @@ def _weights(spec: str) -> tuple[dict[str, Tensor], Normalization | None]:
     return encoder.state_dict(), encoder.normalization
 
 
-def checkpoint_activations(encoder: Encoder, side: int) -> None:
-    """Switch timm's activation checkpointing on, and see that it keeps less of a side x side image.
+def checkpoint_activations(encoder: Encoder | TileEncoder, images: Tensor) -> None:
+    """Switch timm's activation checkpointing on, and see that it keeps less of (B, C, H, W) images.
 
     Raises:
         ValueError: the backbone has none.
     """
-    before = _kept_bytes(encoder, side)
+    before = _kept_bytes(encoder, images)
     refusal = f"{encoder.architecture} cannot compute activations again; set"
     try:
         encoder.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
     except (AssertionError, AttributeError, TypeError) as error:
         raise ValueError(f"{refusal} train.checkpoint_activations to false") from error
-    after = _kept_bytes(encoder, side)
+    after = _kept_bytes(encoder, images)
     if after >= before:
         raise ValueError(f"{refusal} train.checkpoint_activations to false (no memory saved)")
 
 
-def _kept_bytes(encoder: Encoder, side: int) -> int:
+def _kept_bytes(encoder: Encoder | TileEncoder, images: Tensor) -> int:
     kept = 0
 
     def count(tensor: Tensor) -> Tensor:
@@ -108,23 +108,21 @@ def _kept_bytes(encoder: Encoder, side: int) -> int:
         return tensor
 
     encoder.eval()  # BatchNorm sees none of this
-    images = torch.zeros(1, 3, side, side, device=next(encoder.parameters()).device)
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         encoder(images)
     return kept
 
 
-def try_step(config: Config, objective: Objective, images: int, device: torch.device) -> None:
+def try_step(config: Config, objective: nn.Module, batches: Iterable[Sequence[Tensor]]) -> None:
     """One forward and backward pass on noise, undone: what cannot work is refused before the work.
 
     Parameters that the features do not need (a classifier's norm) are frozen, since
     DistributedDataParallel would wait for their gradients.
 
     Args:
-        config: for sides and messages.
+        config: for messages.
         objective: to be trained; in training mode afterwards.
-        images: how many a pass will have.
-        device: where.
+        batches: of every size that a pass will have.
 
     Raises:
         ValueError: the backbone does not take such crops, or its embedding is not on stride 4.
@@ -132,21 +130,16 @@ def try_step(config: Config, objective: Objective, images: int, device: torch.de
     """
     state = copy.deepcopy(objective.state_dict())
     objective.train()
-    for side in {config.data.start_crop or config.data.crop, config.data.crop}:
-        grid = side // 4
+    for batch in batches:
         try:
             with explain_out_of_memory(config):
-                loss, *_ = objective(
-                    torch.rand(images, 3, side, side, device=device),
-                    torch.randn(images, 2, grid, grid, device=device),
-                    torch.ones(images, grid, grid, device=device),
-                )
-                loss.backward()
+                objective(*batch)[0].backward()
         except MemoryAdvice:
             raise
         except Exception as error:
             raise ValueError(
-                f"{config.model.backbone} cannot take {images} crops of {side} px: {error}"
+                f"{config.model.backbone} cannot take {len(batch[0])} crops of "
+                f"{batch[0].shape[-1]} px: {error}"
             ) from error
     for parameter in objective.parameters():
         parameter.requires_grad_(parameter.grad is not None)

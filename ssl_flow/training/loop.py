@@ -1,13 +1,15 @@
-"""Pretraining, top to bottom: videos' flow -> a per-pixel embedding -> an encoder with a score.
+"""Pretraining, top to bottom: videos' flow, or a map -> an embedding -> an encoder with a score.
 
     python train.py                         # preset quickstart: synthetic videos, minutes on a CPU
     python train.py small --data.store STORE --evaluation.data camvid:PATH
     python train.py --resume runs/NAME      # go on with an interrupted run
     python train.py --resume runs/NAME --train.steps 2000               # make a run longer
     torchrun --nproc-per-node 8 train.py multi_gpu --data.store STORE   # one process a GPU
+    python train.py loc2vec --data.store map:PATH                       # places of a map (Loc2Vec)
 
-One run folder holds everything: config.yaml, metrics.jsonl, tensorboard/, checkpoints/ (to resume),
-encoder/ (to import), pictures/, results.json, report.html.
+What is learned from decides the batch, the loss, what is measured and the picture: `FlowTask` and
+`TileTask` have the same methods. One run folder holds everything: config.yaml, metrics.jsonl,
+tensorboard/, checkpoints/ (to resume), encoder/ (to import), pictures/, results.json, report.html.
 """
 
 from __future__ import annotations
@@ -18,53 +20,44 @@ import time
 from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from timm.layers.norm_act import convert_sync_batchnorm
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from ssl_flow.config import Config, save_config
-from ssl_flow.data.augment import augment
-from ssl_flow.data.pairs import collate
-from ssl_flow.losses import CrossPixelFlowLoss
-from ssl_flow.models import Encoder, create_encoder, save_encoder
+from ssl_flow.models import Encoder, TileEncoder
 from ssl_flow.models.encoder import Normalization
-from ssl_flow.training.batches import (
-    crop_side,
-    make_batch,
-    make_loader,
-    make_pairs,
-    open_store,
-    reading,
-    synthetic_store,
-)
+from ssl_flow.training.batches import crop_side, make_loader, reading
 from ssl_flow.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 from ssl_flow.training.distributed import World, join_world
-from ssl_flow.training.initial import checkpoint_activations, initialize, try_step
-from ssl_flow.training.monitors import Metrics, effective_rank, embedding_sheet
+from ssl_flow.training.flow_task import FlowTask
+from ssl_flow.training.initial import checkpoint_activations, try_step
+from ssl_flow.training.monitors import Metrics
 from ssl_flow.training.run_folder import check_same_run, new_run_folder
 from ssl_flow.training.safety import (
     PATIENCE,
     Interrupted,
     StopSignals,
     check_collapse,
-    embedding_std,
     explain_out_of_memory,
     save_bad_batch,
 )
 from ssl_flow.training.score import online_probe, score_run
 from ssl_flow.training.step import (
-    Batch,
     Shadow,
+    amp_type,
     learning_rate,
-    make_objective,
     make_optimizer,
     step_seed,
     take_step,
     update_average,
 )
+from ssl_flow.training.tile_task import TileTask
 
 
 def pretrain(config: Config, resume: Path | None = None) -> Path:
@@ -88,39 +81,48 @@ def pretrain(config: Config, resume: Path | None = None) -> Path:
     with explain_out_of_memory(config):
         with join_world(config.device) as world:
             score = score_run(config, world.device)  # checks the labelled data, probes at the end
-            run, judged = _train(config, resume, world)
+            task: Any = (TileTask if config.data.store.startswith("map:") else FlowTask)(config)
+            run, judged = _train(config, task, resume, world)
         if world.is_main:
-            save_encoder(judged, run / "encoder")
+            task.save(judged, run / "encoder")
             score(judged, run)
     return run
 
 
-def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Encoder]:
+def _train(
+    config: Config,
+    task: Any,  # noqa: ANN401 (FlowTask or TileTask)
+    resume: Path | None,
+    world: World,
+) -> tuple[Path, Encoder | TileEncoder]:
     """The run folder and, in process 0, the encoder to keep: with `train.ema` the averaged one."""
     # 1. What can be refused is refused now.
     device, train, share = world.device, config.train, _share(config, world)
     probe = online_probe(config)
-    store = None if config.data.store == "synthetic" else open_store(config.data.store)
-    encoder = _encoder(config, resume, device)
-    objective = make_objective(config, encoder, device)
-    loss_function, ridge_weight = objective.loss, objective.ridge_weight
+    torch.manual_seed(config.seed)
+    fresh = not (resume and has_checkpoint(resume))
+    encoder = task.encoder(config.model.init_from if fresh else "")
+    encoder.to(device=device, memory_format=torch.channels_last)
+    objective = task.objective(encoder, amp_type(config, device))
+    sides = {config.data.start_crop or config.data.crop, config.data.crop}
+    trials = [task.trial(share // train.accumulate, side, device) for side in sides]
     if train.checkpoint_activations:
-        checkpoint_activations(encoder, config.data.crop)
-    try_step(config, objective, share // train.accumulate, device)
+        image = task.trial(1, config.data.crop, device)[0]
+        checkpoint_activations(encoder, image.reshape(-1, *image.shape[-3:]))
+    try_step(config, objective, trials)
 
     # 2. The run folder, the data.
     run = world.from_main(lambda: resume or new_run_folder(config))
     if world.is_main:
         print(f"run folder: {run}", flush=True)
         save_config(config, run / "config.yaml")
-    if store is None:
-        store = open_store(world.from_main(lambda: synthetic_store(config, run / "flow")))
-    pairs = make_pairs(config, store)
+    what = world.from_main(lambda: task.prepare(run))
+    examples = task.examples(run)
 
     # 3. The state of the run: all that a checkpoint holds.
     optimizer = make_optimizer(config, objective)
     scaler = torch.amp.GradScaler(device.type, enabled=objective.amp_type == torch.float16)
-    parts = {"encoder": encoder, "loss": loss_function, "optimizer": optimizer, "scaler": scaler}
+    parts = {"encoder": encoder, "loss": objective.loss, "optimizer": optimizer, "scaler": scaler}
     judged = encoder
     if train.ema and world.is_main:
         judged = parts["average"] = copy.deepcopy(encoder).eval().requires_grad_(False)
@@ -144,17 +146,16 @@ def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Enc
     buffers = Shadow(objective.buffers())
     average = Shadow(encoder.state_dict().values(), judged.state_dict().values())
 
-    shown = collate([pairs[k] for k in range(min(8, train.batch_size))])
-    still = augment(shown.to(device), (config.data.crop, config.data.crop))
+    shown = task.collate([examples[k] for k in range(min(8, train.batch_size))])
     if world.is_main:
         print(
-            f"{len(store)} pairs, {train.steps} steps of {train.batch_size} crops of "
+            f"{what}, {train.steps} steps of {train.batch_size} crops of "
             f"{config.data.crop} px, {config.model.backbone} on {world.size} x {device}, "
             f"autocast {objective.amp_type or 'off'}",
             flush=True,
         )
 
-    loader = make_loader(config, pairs, world, progress.step)
+    loader = make_loader(config, examples, task.collate, world, progress.step)
     bar = tqdm(
         range(progress.step, train.steps),
         initial=progress.step,
@@ -164,15 +165,16 @@ def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Enc
     metrics = Metrics(run, progress.step) if world.is_main else None
     logs = closing(metrics) if metrics else nullcontext()
     with StopSignals() as stop, logs, reading(loader) as batches:
+        weight = config.loss.ridge_weight if isinstance(task, FlowTask) else 0.0
         waited, logged_at, logged_step = 0.0, time.perf_counter(), progress.step
         for step in bar:
             # Dropout and the like depend on (seed, step, process): nothing to save or to disturb.
             torch.manual_seed(step_seed(config, step, world.rank))
             started = time.perf_counter()
-            windows = next(batches)
+            found = next(batches)
             waited += time.perf_counter() - started
             side = crop_side(config, step)
-            batch = make_batch(windows, side, encoder, config)
+            batch = task.batch(found, side, encoder)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
             result = take_step(module, batch, optimizer, scaler, train.accumulate, world, buffers)
@@ -200,9 +202,9 @@ def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Enc
                 now = time.perf_counter()
                 values = {
                     "step": done,
-                    "loss": result.loss - ridge_weight * result.ridge,  # as its bounds are
-                    **_measure(loss_function, batch, result.embedding, world),
-                    "scale": float(torch.as_tensor(loss_function.scale).detach()),
+                    "loss": result.loss - weight * result.term,  # as its bounds are
+                    **_means(task.measure(objective, batch, result.embedding), world),
+                    **task.term(result.term),
                     "gradient_norm": result.gradient_norm,
                     "learning_rate": learning_rate(config, step),
                     "skipped_steps": progress.skipped,
@@ -212,8 +214,6 @@ def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Enc
                     / (now - logged_at),
                     "data_wait": waited / (now - logged_at),
                 }
-                if ridge_weight:
-                    values["ridge"] = result.ridge
                 if "target_entropy" in values:
                     values["kl"] = values["loss"] - values["target_entropy"]
                 logged_at, logged_step, waited = now, done, 0.0
@@ -221,12 +221,13 @@ def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Enc
                     metrics.write(values)
                 bar.set_postfix_str(
                     f"loss {values['loss']:.3f} (floor {values.get('target_entropy', 0.0):.3f}, "
-                    f"constant {values['constant_loss']:.3f}, random {values['random_loss']:.3f})"
+                    f"constant {values['constant_loss']:.3f}, random {values['random_loss']:.3f}), "
+                    f"effective rank {values['effective_rank']:.1f}"
                 )
                 if result.taken and done > train.warmup * train.steps:
                     times = progress.collapsed_in_a_row
                     progress.collapsed_in_a_row = check_collapse(values, times, run)
-                excess = values.get("kl", values["loss"]) + ridge_weight * result.ridge
+                excess = result.loss - values.get("target_entropy", 0.0)
                 if probe is None and math.isfinite(excess):
                     progress.window.append(-excess)
 
@@ -240,7 +241,7 @@ def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Enc
                     metrics.write({"step": done, **scores})
                     progress.window = [scores["probe_miou"]]
                     save_checkpoint(run, progress, parts)  # now with its judgement
-                metrics.picture(done, embedding_sheet(judged, still), run / "pictures")
+                metrics.picture(done, _sheet(task, judged, shown), run / "pictures")
                 logged_at += time.perf_counter() - paused  # images_per_second is of the steps
             if number and not last:
                 world.from_main(lambda: None)  # torchrun ends all as soon as one process ends
@@ -248,30 +249,18 @@ def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Enc
     return run, judged
 
 
-@torch.no_grad()
-def _measure(
-    loss_function: CrossPixelFlowLoss, batch: Batch, embedding: Tensor, world: World
-) -> dict[str, float]:
-    """What to read the loss against, and whether the embedding lives; means over the processes.
-
-    A constant embedding and one random one above, the target's entropy below.
-    """
-    _, flow, weight = batch
-    embedding = embedding.nan_to_num()  # eigenvalues of NaN raise; the loss tells of it
-    noise = torch.Generator().manual_seed(0)
-    random = torch.randn(1, *embedding.shape[1:], generator=noise).to(flow).expand_as(embedding)
-    values = {
-        "constant_loss": loss_function.constant_loss(flow, weight).mean(),
-        "random_loss": loss_function(random, flow, weight),
-        "effective_rank": effective_rank(embedding),
-        "embedding_std": embedding_std(embedding),
-    }
-    if loss_function.objective == "cross_entropy":
-        entropy = loss_function.target_entropy(flow, weight)
-        values["target_entropy"] = entropy.mean()
-        values["effective_neighbours"] = entropy.exp().mean()
-    means = world.mean(torch.tensor([float(v) for v in values.values()], dtype=torch.float64))
+def _means(values: dict[str, float], world: World) -> dict[str, float]:
+    """Over the processes."""
+    means = world.mean(torch.tensor(list(values.values()), dtype=torch.float64))
     return dict(zip(values, means.tolist(), strict=True))
+
+
+def _sheet(task: Any, encoder: nn.Module, shown: Any) -> np.ndarray:  # noqa: ANN401
+    was_training = encoder.training
+    encoder.eval()
+    sheet: np.ndarray = task.sheet(encoder, shown)
+    encoder.train(was_training)
+    return sheet
 
 
 def _share(config: Config, world: World) -> int:
@@ -285,13 +274,3 @@ def _share(config: Config, world: World) -> int:
     if config.train.sync_batchnorm and world.size > 1 and world.device.type == "cpu":
         raise ValueError("train.sync_batchnorm works on GPUs only; set it to false")
     return config.train.batch_size // world.size
-
-
-def _encoder(config: Config, resume: Path | None, device: torch.device) -> Encoder:
-    torch.manual_seed(config.seed)
-    model = config.model
-    encoder = create_encoder(model.backbone, model.embedding_dim, model.hidden_dim)
-    if model.init_from and not (resume and has_checkpoint(resume)):
-        print(initialize(encoder, model.init_from), flush=True)
-    encoder.to(memory_format=torch.channels_last)
-    return encoder.to(device=device)

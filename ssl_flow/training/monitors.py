@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import cv2
@@ -11,11 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_flow.data.augment import Pair
-from ssl_flow.evaluation.pictures import pca_rgb
-from ssl_flow.flow import flow_to_rgb
 from ssl_flow.flow.shard import write_atomically
-from ssl_flow.models import Encoder
 
 
 class Metrics:
@@ -42,7 +37,7 @@ class Metrics:
 
     def picture(self, step: int, sheet: np.ndarray, folder: Path) -> None:
         """Show a (H, W, 3) uint8 picture in TensorBoard, and keep it as `training.png`."""
-        self._board.add_image("frame, flow, embedding", sheet, step, dataformats="HWC")
+        self._board.add_image("training", sheet, step, dataformats="HWC")
         folder.mkdir(exist_ok=True)
         cv2.imwrite(str(folder / "training.png"), sheet[..., ::-1])
 
@@ -58,32 +53,22 @@ def _step_of(line: str) -> float:
         return float("inf")  # a torn last line of a killed run
 
 
-def effective_rank(embedding: Tensor) -> float:
+def effective_rank(points: Tensor) -> float:
     """exp of the entropy of the normalised singular values (Roy & Vetterli, EUSIPCO 2007).
 
-    `embedding`: (B, D, H, W). Between 1 (collapsed to a line) and D, over all pixels of the batch.
+    `points`: (N, D) embeddings. Between 1 (collapsed to a line) and D.
     """
-    pixels = torch.nn.functional.normalize(embedding.detach().float(), dim=1)
-    pixels = pixels.permute(0, 2, 3, 1).reshape(-1, embedding.shape[1])  # (N, D)
-    pixels = pixels - pixels.mean(0)
-    spectrum = torch.linalg.eigvalsh(pixels.T @ pixels).clamp(min=0).sqrt()
+    points = points.detach().double()
+    points = points - points.mean(0)
+    spectrum = torch.linalg.eigvalsh(points.T @ points).clamp(min=0).sqrt()
     share = spectrum / spectrum.sum().clamp(min=1e-12)
     return float(torch.exp(-torch.xlogy(share, share).sum()))
 
 
 @torch.no_grad()
-def embedding_sheet(encoder: Encoder, pair: Pair, tile: int = 128) -> np.ndarray:
-    """Rows of frame, flow (colour wheel), embedding (PCA-RGB) for a batch: (3 tile, B tile, 3)."""
-    was_training = encoder.training
-    encoder.eval()
-    embedding = encoder.embed(encoder.normalize(pair.image))
-    encoder.train(was_training)
-    frames = pair.image.cpu().numpy()
-    flows = (pair.flow * (pair.weight > 0).unsqueeze(1)).permute(0, 2, 3, 1).cpu().numpy()
-    wheels = [flow_to_rgb(flow) for flow in flows]
-    rows: list[Iterable[np.ndarray]] = [frames, wheels, pca_rgb(embedding)]
-    return np.vstack([np.hstack([_resize(image, tile) for image in row]) for row in rows])
+def embedding_std(points: Tensor) -> float:
+    """How far embeddings (N, D) lie from their mean, root mean square.
 
-
-def _resize(image: np.ndarray, side: int) -> np.ndarray:
-    return cv2.resize(image, (side, side), interpolation=cv2.INTER_NEAREST)
+    Of unit ones 0 (all the same) to 1 (all directions alike).
+    """
+    return float(points.float().var(0, unbiased=False).sum().sqrt())

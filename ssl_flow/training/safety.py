@@ -121,14 +121,6 @@ def save_bad_batch(run: Path, rank: int, batch: dict[str, Tensor], **facts: floa
     return path
 
 
-@torch.no_grad()
-def embedding_std(embedding: Tensor) -> float:
-    """How far unit embeddings (B, D, H, W) lie from their mean, root mean square: 0 (all the
-    same) to 1 (all directions alike)."""
-    pixels = torch.nn.functional.normalize(embedding.float(), dim=1)
-    return float(pixels.var((0, 2, 3), unbiased=False).sum().sqrt())
-
-
 def check_collapse(values: dict[str, float], times: int, run: Path) -> int:
     """How often in a row the embedding has now been collapsed.
 
@@ -146,9 +138,9 @@ def check_collapse(values: dict[str, float], times: int, run: Path) -> int:
     if times + 1 == COLLAPSED_LOGS:
         raise CollapseError(
             f"the embedding has collapsed: effective rank {rank:.2f} (below {_LEAST_RANK} it is a "
-            f"line), standard deviation of the unit embeddings {std:.4f} (below {_LEAST_STD} they "
+            f"line), standard deviation of the embeddings {std:.4f} (below {_LEAST_STD} they "
             f"are all the same), {COLLAPSED_LOGS} logs in a row up to step {values['step']}. Try "
             f"another loss.objective or loss.flow_sigma, a lower train.learning_rate, or look at "
-            f"the flow in {run / 'pictures'}"
+            f"what is learned from in {run / 'pictures'}"
         )
     return times + 1

@@ -5,22 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 import torch
 
 from ssl_flow.config import Config
 from ssl_flow.data.segmentation import SegmentationSet, open_segmentation
 from ssl_flow.evaluation import LinearProbe, run_linear_probe
-from ssl_flow.evaluation.outcome import mean_per_class
 from ssl_flow.evaluation.pictures import prediction_strips
 from ssl_flow.evaluation.pixel_features import estimate_on, spread
 from ssl_flow.evaluation.report import write_report
 from ssl_flow.flow.shard import write_atomically
-from ssl_flow.models import Encoder, load_encoder
+from ssl_flow.models import Encoder, TileEncoder, load_encoder
 
 _ONLINE = LinearProbe(pixels_per_image=256, batch_pixels=2048, steps=100)
 
@@ -33,7 +32,7 @@ def online_probe(config: Config) -> Callable[[Encoder], dict[str, float]] | None
     (`evaluation.every`, `evaluation.data`).
     """
     spec = config.evaluation.data
-    if not config.evaluation.every or spec == "none":
+    if not config.evaluation.every or spec == "none" or config.data.store.startswith("map:"):
         return None
     train = _spread(open_segmentation(spec, "train"), 64)
     test = _spread(open_segmentation(spec, "test"), 32)
@@ -56,7 +55,7 @@ def _spread(full: SegmentationSet, count: int) -> SegmentationSet:
     return replace(full, names=names, load=lambda index: full.load(chosen[index]))
 
 
-def score_run(config: Config, device: torch.device) -> Callable[[Encoder, Path], None]:
+def score_run(config: Config, device: torch.device) -> Callable[[Any, Path], None]:
     """Open the labelled data now, so that a bad path fails before the training; score later.
 
     Returns:
@@ -66,8 +65,15 @@ def score_run(config: Config, device: torch.device) -> Callable[[Encoder, Path],
     Raises:
         ValueError, FileNotFoundError: `evaluation.data` cannot be used.
     """
-    spec = config.evaluation.data
-    sets = None
+    spec, sets = config.evaluation.data, None
+    on_map = config.data.store.startswith("map:")
+    if spec != "none" and on_map != spec.startswith("map:"):
+        raise ValueError(
+            f"evaluation.data {spec} does not fit data.store {config.data.store}: a map is judged "
+            "on map:PATH or not at all (none)"
+        )
+    if on_map:
+        return partial(_score_map, config)
     if spec != "none":
         sets = open_segmentation(spec, "train"), open_segmentation(spec, "test")
 
@@ -81,7 +87,7 @@ def score_run(config: Config, device: torch.device) -> Callable[[Encoder, Path],
 
     def probe(encoder: Encoder, run: Path) -> dict[str, Any]:
         assert sets is not None
-        protocol, seeds = LinearProbe(), range(config.evaluation.seeds)
+        protocol = LinearProbe()
         table: dict[str, Any] = {
             "data": sets[1].protocol,
             "train_data": sets[0].protocol,
@@ -90,30 +96,39 @@ def score_run(config: Config, device: torch.device) -> Callable[[Encoder, Path],
         (run / "pictures").mkdir(exist_ok=True)
         counts = f"{len(sets[0])} images to fit, {len(sets[1])} to score"
         print(f"\nlinear probe on {sets[1].name}: {counts}")
-        rows = [f"{'encoder':<12} {'mIoU':>8} {'std':>8} {'pixel accuracy':>15}"]
+        rows = [f"{'encoder':<12} {'mIoU':>8} {'pixel accuracy':>15}"]
         for name in ("pretrained", "random"):
-            runs = []
-            for seed in seeds:
-                probed = encoder
-                if name == "random":
-                    probed = load_encoder(f"random:{config.model.backbone}", seed).to(device)
-                    estimate_on(probed, sets[0], 64)
-                runs.append(run_linear_probe(probed, *sets, protocol, seed))
-            values = [run.scores["miou"] for run in runs]
-            miou, accuracy = (np.mean([run.scores[k] for run in runs]) for k in runs[0].scores)
-            std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-            shown = "-" if std is None else f"{std:.4f}"
-            rows.append(f"{name:<12} {miou:>8.4f} {shown:>8} {accuracy:>15.4f}")
+            probed = encoder
+            if name == "random":
+                probed = load_encoder(f"random:{config.model.backbone}", 0).to(device)
+                estimate_on(probed, sets[0], 64)
+            result = run_linear_probe(probed, *sets, protocol, 0)
+            miou, accuracy = result.scores.values()
+            rows.append(f"{name:<12} {miou:>8.4f} {accuracy:>15.4f}")
             table[name] = {
-                "miou": float(miou),
-                "miou_std": std,
-                "pixel_accuracy": float(accuracy),
-                "per_class": mean_per_class(runs),
-                "runs": [result.as_dict() for result in runs],
+                "miou": miou,
+                "pixel_accuracy": accuracy,
+                "per_class": result.per_class,
+                "runs": [result.as_dict()],
             }
-            strips = prediction_strips(runs[0].examples, len(sets[1].classes))
+            strips = prediction_strips(result.examples, len(sets[1].classes))
             cv2.imwrite(str(run / "pictures" / f"probe_{name}.png"), strips[..., ::-1])
         print("\n".join(rows), flush=True)
         return table
 
     return score
+
+
+def _score_map(config: Config, encoder: TileEncoder, run: Path) -> None:
+    """Judge an encoder of tiles as `ssl-flow eval loc2vec` does, into RUN/loc2vec/."""
+    results: dict[str, Any] = {}
+    if config.evaluation.data != "none":
+        from ssl_flow.evaluation.suite_command import eval_command
+
+        data = config.data
+        eval_command(["loc2vec", "--encoders", f"trained={run}", f"random:{config.model.backbone}",
+                      "histograms", "--data", config.evaluation.data, "--metres", str(data.metres),
+                      "--pixels", str(data.crop), "--out", str(run / "loc2vec")])  # fmt: skip
+        results["loc2vec"] = json.loads((run / "loc2vec" / "results.json").read_text())["tables"]
+    write_atomically(run / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    write_report(run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -11,20 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_flow.config import Config
-from ssl_flow.losses import CrossPixelFlowLoss, RidgeFlowLoss
-from ssl_flow.models import Encoder
 from ssl_flow.training.distributed import World
-
-
-class Batch(NamedTuple):
-    """What a step learns from, as the encoder and the loss take it."""
-
-    images: Tensor
-    """(B, 3, H, W) normalised, channels last."""
-    flow: Tensor
-    """(B, 2, H/4, W/4), normalised as `loss.flow_normalization` says."""
-    weight: Tensor
-    """(B, H/4, W/4), 0 = ignore."""
 
 
 class Step(NamedTuple):
@@ -32,14 +19,15 @@ class Step(NamedTuple):
 
     loss: float
     """What is minimised, mean over the global batch."""
-    ridge: float
-    """Its ridge term without the weight: the share of the flow left unexplained; 0 without one."""
+    term: float
+    """The third output of the objective: of flow, the ridge term (0 without one); of a map, the
+    share of wrong triplets."""
     gradient_norm: float
     """Before clipping."""
     taken: bool
     """False: something was not finite, nothing has changed."""
     embedding: Tensor
-    """(B, D, H/4, W/4) of this process's images, detached."""
+    """Of this process's images, detached."""
 
 
 class Shadow:
@@ -69,36 +57,9 @@ class Shadow:
             torch._foreach_copy_(live, own)
 
 
-class Objective(nn.Module):
-    """Images and flow -> loss and embedding: the module that is distributed and differentiated."""
-
-    def __init__(
-        self,
-        encoder: Encoder,
-        loss: CrossPixelFlowLoss,
-        amp_type: torch.dtype | None,
-        ridge_weight: float = 0.0,
-    ) -> None:
-        """`amp_type`: of the encoder's autocast, None = off; the losses take care of themselves."""
-        super().__init__()
-        self.encoder, self.loss, self.amp_type = encoder, loss, amp_type
-        self.ridge, self.ridge_weight = RidgeFlowLoss(), ridge_weight
-
-    def forward(self, images: Tensor, flow: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        """Shapes as in `Batch`; a scalar, (B, D, H/4, W/4), the ridge term in the scalar."""
-        on = self.amp_type is not None
-        with torch.autocast(images.device.type, self.amp_type, enabled=on):
-            embedding = self.encoder(images)
-        loss = self.loss(embedding, flow, weight)
-        if not self.ridge_weight:
-            return loss, embedding, torch.zeros_like(loss)
-        ridge = self.ridge(embedding, flow, weight)
-        return loss + self.ridge_weight * ridge, embedding, ridge.detach()
-
-
 def take_step(
     objective: nn.Module,
-    batch: Batch,
+    batch: Sequence[Tensor],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     accumulate: int,
@@ -108,7 +69,7 @@ def take_step(
     """Forward, backward and update; or nothing at all where a number is not finite.
 
     Args:
-        objective: an `Objective`, or that in DistributedDataParallel.
+        objective: batch -> loss, embedding, one more number; maybe in DistributedDataParallel.
         batch: this process's share of the global batch.
         optimizer: of the objective's parameters.
         scaler: for float16, else disabled.
@@ -120,28 +81,28 @@ def take_step(
     optimizer.zero_grad(set_to_none=True)
     # BatchNorm counts a batch in the forward pass; a skipped one must not stay in it.
     buffers.follow()
-    losses, ridges, embeddings = [], [], []
+    losses, terms, embeddings = [], [], []
     parts = zip(*(tensor.chunk(accumulate) for tensor in batch), strict=True)
     for number, part in enumerate(parts, start=1):
         # Processes exchange gradients once a step, after the last part.
         waits: Any = objective.no_sync if hasattr(objective, "no_sync") else nullcontext
         with waits() if number < accumulate else nullcontext():
-            loss, embedding, ridge = objective(*part)
+            loss, embedding, term = objective(*part)
             scaler.scale(loss / accumulate).backward()
         losses.append(loss.detach())
-        ridges.append(ridge)
+        terms.append(term)
         embeddings.append(embedding.detach())
     scaler.unscale_(optimizer)
     clipped = nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
-    means = world.mean(torch.stack([torch.stack(losses), torch.stack(ridges)]).mean(1))
-    value, ridge, norm = torch.cat([means, clipped[None]]).tolist()  # the one wait for the device
+    means = world.mean(torch.stack([torch.stack(losses), torch.stack(terms)]).mean(1))
+    value, term, norm = torch.cat([means, clipped[None]]).tolist()  # the one wait for the device
     taken = math.isfinite(value) and math.isfinite(norm)
     if taken:
         scaler.step(optimizer)
     else:
         buffers.restore()
     scaler.update()
-    return Step(value, ridge, norm, taken, torch.cat(embeddings))
+    return Step(value, term, norm, taken, torch.cat(embeddings))
 
 
 def amp_type(config: Config, device: torch.device) -> torch.dtype | None:
@@ -155,14 +116,6 @@ def amp_type(config: Config, device: torch.device) -> torch.dtype | None:
     # Emulated bfloat16 is slower than float32 on a CPU; only native instructions pay.
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return torch.bfloat16 if native else None
-
-
-def make_objective(config: Config, encoder: Encoder, device: torch.device) -> Objective:
-    """What `loss` and `train.amp` say, on the device; the encoder should be there already."""
-    others = ("flow_normalization", "ridge_weight")
-    options = {key: value for key, value in vars(config.loss).items() if key not in others}
-    loss = CrossPixelFlowLoss(**options).to(device)
-    return Objective(encoder, loss, amp_type(config, device), config.loss.ridge_weight)
 
 
 def make_optimizer(config: Config, module: nn.Module) -> torch.optim.Optimizer:

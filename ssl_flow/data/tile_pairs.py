@@ -1,13 +1,12 @@
-"""Triplets of map tiles in a reproducible order: a place, the same place seen anew, a far one.
+"""Pairs of map tiles in a reproducible order: a place, and the same place seen anew.
 
-As in Loc2Vec (Sentiance, 2018), the positive is shifted, rotated, and some of its layers are
-switched off, or its colours changed if the map is a picture; anchor and negative are cut as they
-lie on the map.
+As in Loc2Vec (Sentiance, 2018), the second is shifted, rotated, and some of its layers are switched
+off, or its colours changed if the map is a picture; the first is cut as it lies on the map. The
+third of a triplet is another place of the batch, far away (`ssl_flow.losses.mining`).
 
-    xy, _ = tile_map.draw_centres(20_000, 128, rng=np.random.default_rng(0))
-    blocks = SpatialBlocks(block=3000, buffer=128 * 3.25 * 2**0.5 + 100)
-    xy = xy[blocks.train(tile_map.lonlat(xy))]
-    triplets = TripletTiles(tile_map, xy, length=100_000, side=128, shift=100, far=1000)
+    xy, _ = tile_map.draw_centres(20_000, 64, rng=np.random.default_rng(0))
+    xy = xy[tile_blocks(200).train(tile_map.lonlat(xy))]
+    pairs = TilePairs(tile_map, xy, length=100_000, side=64, metres=200, shift=100)
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ssl_flow.data.georeference import great_circle
 from ssl_flow.data.pairs import sample_color
 from ssl_flow.data.sphere import around
 from ssl_flow.data.tiles import TileMap
@@ -27,25 +25,24 @@ from ssl_flow.data.tiles import TileMap
 _TRIES = 100
 
 
-class Triplet(NamedTuple):
+class TilePair(NamedTuple):
     """One example; torch's default collation puts B of them in front."""
 
     tiles: Tensor
-    """(3, side, side, C) uint8: anchor, positive, negative."""
+    """(2, side, side, C) uint8: anchor, positive."""
     places: Tensor
-    """(3, 2) float64: longitude and latitude of their centres."""
+    """(2, 2) float64: longitude and latitude of their centres."""
 
 
-class TripletTiles(Dataset[Triplet]):
-    """Triplets whose anchors are given places, each as often as the others, in a new order a turn.
+class TilePairs(Dataset[TilePair]):
+    """Pairs whose anchors are given places, each as often as the others, in a new order a turn.
 
     Example `k` depends on (seed, k) alone, so neither the number of workers nor a restart in the
     middle changes what is seen.
 
     The positive's centre is uniform by area in the disk of `shift` metres around the anchor's. It
     is drawn again where it falls off the map or its tile shows less than `least_content`, and is
-    the anchor's own if all of 100 draws do. The negative is any of the places that is more than
-    `far` metres away.
+    the anchor's own if all of 100 draws do.
     """
 
     def __init__(
@@ -56,7 +53,6 @@ class TripletTiles(Dataset[Triplet]):
         side: int,
         *,
         shift: float,
-        far: float,
         scale: float = 1.0,
         metres: float | None = None,
         rotate: bool = True,
@@ -65,7 +61,7 @@ class TripletTiles(Dataset[Triplet]):
         least_content: float = 0.05,
         seed: int = 0,
     ) -> None:
-        """Check that every place has a negative.
+        """Check the numbers.
 
         Args:
             tile_map: where tiles are cut.
@@ -73,7 +69,6 @@ class TripletTiles(Dataset[Triplet]):
             length: examples in the whole run.
             side: of a tile in pixels.
             shift: metres between the anchor's and the positive's centre, at most.
-            far: metres between the anchor's and the negative's centre, at least.
             scale: map pixels per pixel of a tile.
             metres: the tile's side on the ground, instead of `scale`.
             rotate: turn the positive by any angle.
@@ -84,47 +79,37 @@ class TripletTiles(Dataset[Triplet]):
             seed: of everything.
 
         Raises:
-            ValueError: no places, distances that are not 0 <= shift < far, a share outside of 0..1,
-                or a place without any other that is `far` away.
+            ValueError: no places, a negative shift, a share outside of 0..1.
         """
         if len(centres) == 0:
-            raise ValueError("no places for triplets: the map is empty, or the split took all")
-        if not 0 <= shift < far:
-            raise ValueError(f"shift {shift:g} m and far {far:g} m: expected 0 <= shift < far")
+            raise ValueError("no places for pairs: the map is empty, or the split took all")
+        if not shift >= 0:
+            raise ValueError(f"shift is {shift:g} m, expected 0 or more")
         if not 0 <= drop_layers <= 1:
             raise ValueError(f"drop_layers is a share from 0 to 1, found {drop_layers}")
         self.tile_map, self.length, self.side = tile_map, length, side
         self.centres = np.asarray(centres, np.float64)
         self.places = tile_map.lonlat(self.centres)
-        self.shift, self.far, self.rotate = shift, far, rotate
+        self.shift, self.rotate = shift, rotate
         self.drop_layers, self.color_jitter = drop_layers, color_jitter
         self.least_content, self.seed = least_content, seed
         self._cut: dict[str, Any] = {"side": side, "scale": scale, "metres": metres}
         self._turn: tuple[int, np.ndarray] = (-1, np.empty(0, int))  # the last one's order
-        for index in self._doubtful():
-            if not self._beyond(index).any():
-                lon, lat = self.places[index]
-                raise ValueError(
-                    f"none of {len(centres)} places is more than {far:g} m away from ({lon:g}, "
-                    f"{lat:g}): lower far, or take places from a wider area"
-                )
 
     def __len__(self) -> int:
         """Examples in the whole run."""
         return self.length
 
-    def __getitem__(self, k: int) -> Triplet:
+    def __getitem__(self, k: int) -> TilePair:
         """The `k`-th example of the run."""
-        if not 0 <= k < self.length:  # IndexError also ends `for example in triplets`
+        if not 0 <= k < self.length:  # IndexError also ends `for example in pairs`
             raise IndexError(f"example {k} of {self.length}")
         index = self._anchor(k)
         rng = np.random.default_rng((self.seed, 1, k))
-        negative = self._negative(rng, index)
         positive, place = self._positive(rng, index)
-        tiles = [self._tile(self.centres[index]), self._augment(rng, positive)]
-        tiles.append(self._tile(self.centres[negative]))
-        places = np.stack([self.places[index], place, self.places[negative]])
-        return Triplet(torch.from_numpy(np.stack(tiles)), torch.from_numpy(places))
+        tiles = np.stack([self._tile(self.centres[index]), self._augment(rng, positive)])
+        places = np.stack([self.places[index], place])
+        return TilePair(torch.from_numpy(tiles), torch.from_numpy(places))
 
     def _anchor(self, k: int) -> int:
         turn, position = divmod(k, len(self.centres))
@@ -144,25 +129,6 @@ class TripletTiles(Dataset[Triplet]):
                 if self.tile_map.content(tile) >= self.least_content:
                     return tile, place
         return self._tile(self.centres[index], rotation), self.places[index]
-
-    def _negative(self, rng: np.random.Generator, index: int) -> int:
-        # Most places are far from most: a few draws spare the distances to all.
-        drawn = rng.integers(0, len(self.centres), 64)
-        found = drawn[great_circle(self.places[index], self.places[drawn]) > self.far]
-        if len(found) == 0:
-            found = rng.permutation(np.flatnonzero(self._beyond(index)))
-        return int(found[0])
-
-    def _beyond(self, index: int) -> np.ndarray:
-        beyond: np.ndarray = great_circle(self.places[index], self.places) > self.far
-        return beyond
-
-    def _doubtful(self) -> np.ndarray:
-        """Places that are near both of two opposite ones: who is not has a negative for sure."""
-        first = great_circle(self.places[0], self.places).argmax()
-        from_first = great_circle(self.places[first], self.places)
-        from_second = great_circle(self.places[from_first.argmax()], self.places)
-        return np.flatnonzero(np.maximum(from_first, from_second) <= self.far)
 
     def _tile(self, centre: np.ndarray, rotation: float = 0.0) -> np.ndarray:
         return self.tile_map.cut(*centre.tolist(), rotation=rotation, **self._cut)

@@ -1,4 +1,4 @@
-"""Where triplets come from and what is done to them, on a map that knows what it was asked."""
+"""Where pairs of tiles come from and what is done to them, on a map that knows what it was asked."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from ssl_flow.data.georeference import EARTH_RADIUS, great_circle
 from ssl_flow.data.sphere import SpatialBlocks
-from ssl_flow.data.triplets import TripletTiles
+from ssl_flow.data.tile_pairs import TilePairs
 
 SIDE = 4
 
@@ -51,21 +51,20 @@ def centres(count=400, left=400, right=990):
 
 
 def make(tile_map=None, places=None, length=2000, **options):
-    options = {"shift": 3000.0, "far": 40_000.0, "drop_layers": 0.0, "scale": 2.0} | options
+    options = {"shift": 3000.0, "drop_layers": 0.0, "scale": 2.0} | options
     places = centres() if places is None else places
-    return TripletTiles(tile_map or FakeMap(), places, length, SIDE, **options)
+    return TilePairs(tile_map or FakeMap(), places, length, SIDE, **options)
 
 
-def drawn_places(triplets):
-    return np.stack([triplets[k].places.numpy() for k in range(len(triplets))])
+def drawn_places(pairs):
+    return np.stack([pairs[k].places.numpy() for k in range(len(pairs))])
 
 
-def test_positives_within_and_negatives_beyond():
+def test_positives_lie_within_the_shift():
     places = drawn_places(make())
-    near, far = (great_circle(places[:, 0], places[:, i]) for i in (1, 2))
+    near = great_circle(places[:, 0], places[:, 1])
     assert near.max() <= 3000.001
-    assert far.min() > 40_000
-    assert far.max() > 80_000  # and not only just beyond
+    assert near.max() > 2900
 
 
 def test_positives_are_uniform_in_the_disk_on_the_sphere():
@@ -80,26 +79,11 @@ def test_positives_are_uniform_in_the_disk_on_the_sphere():
     assert np.abs(turn - np.arange(len(turn)) / len(turn)).max() < limit
 
 
-def test_negatives_are_uniform_among_those_beyond():
-    triplets = make(places=np.array([[400, 500], [420, 500], [900, 500], [950, 500]]), far=20_000)
-    negative = drawn_places(triplets)[:, 2, 0]
-    counts = np.unique(negative, return_counts=True)[1]
-    assert len(counts) == 4
-    assert counts.min() > 420
-
-
-def test_rare_negatives_are_found():
-    crowd = np.tile([[500.0, 500.0]], (3000, 1))
-    triplets = make(places=np.concatenate([crowd, [[900.0, 500.0]]]), length=200)
-    places = drawn_places(triplets)
-    assert (great_circle(places[:, 0], places[:, 2]) > 40_000).all()
-
-
 def test_places_on_empty_ground_or_off_the_map_are_drawn_again():
     edge = np.concatenate([centres(200, 300, 310), centres(200, 985, 999)])
-    triplets = make(places=edge)
+    pairs = make(places=edge)
     for k in range(500):
-        example = triplets[k]
+        example = pairs[k]
         xy = FakeMap().pixel(example.places[1].numpy())
         assert 300 <= xy[0] < 1000
         assert example.tiles[1].any()
@@ -116,11 +100,11 @@ def test_a_positive_that_finds_no_ground_is_the_anchors_own():
 
 def test_only_the_positive_is_rotated_by_any_angle():
     tile_map = FakeMap()
-    triplets = make(tile_map)
-    [triplets[k] for k in range(300)]
+    pairs = make(tile_map)
+    [pairs[k] for k in range(300)]
     rotated = np.array([angle for angle in tile_map.rotations if angle])
     assert len(rotated) == 300
-    assert len(tile_map.rotations) == 900
+    assert len(tile_map.rotations) == 600
     assert np.histogram(rotated, 6, (0, 360))[0].min() > 25
     still = FakeMap()
     make(still, rotate=False)[0]
@@ -128,9 +112,9 @@ def test_only_the_positive_is_rotated_by_any_angle():
 
 
 def test_layers_of_the_positive_alone_are_dropped_but_never_all():
-    triplets = make(drop_layers=0.5)
-    tiles = torch.stack([triplets[k].tiles for k in range(400)])
-    assert (tiles[:, [0, 2]] == torch.tensor([200, 120, 40])).all()
+    pairs = make(drop_layers=0.5)
+    tiles = torch.stack([pairs[k].tiles for k in range(400)])
+    assert (tiles[:, 0] == torch.tensor([200, 120, 40])).all()
     shown = tiles[:, 1].amax((1, 2)) > 0  # (400, 3)
     assert shown.any(1).all()
     share = 0.5 + 0.125 / 3  # one of the three is put back where all were drawn
@@ -142,9 +126,9 @@ def test_layers_of_the_positive_alone_are_dropped_but_never_all():
 
 
 def test_colours_of_pictures_change_and_their_channels_stay():
-    triplets = make(Picture(), drop_layers=1.0)
-    tiles = torch.stack([triplets[k].tiles for k in range(50)])
-    assert (tiles[:, [0, 2]] == torch.tensor([200, 120, 40])).all()
+    pairs = make(Picture(), drop_layers=1.0)
+    tiles = torch.stack([pairs[k].tiles for k in range(50)])
+    assert (tiles[:, 0] == torch.tensor([200, 120, 40])).all()
     assert tiles[:, 1].float().std(0).min() > 5
     assert (tiles[:, 1].amax((1, 2)) > 0).float().mean() > 0.9
     plain = make(Picture(), color_jitter=0.0)[3].tiles
@@ -168,11 +152,11 @@ def test_every_place_is_an_anchor_equally_often():
 
 
 def test_batches_from_worker_processes():
-    triplets = make(length=8)
-    batches = list(DataLoader(triplets, 4, num_workers=1, multiprocessing_context="fork"))
-    assert batches[0].tiles.shape == (4, 3, SIDE, SIDE, 3)
-    assert batches[0].places.shape == (4, 3, 2)
-    assert torch.equal(batches[1].places[2], triplets[6].places)
+    pairs = make(length=8)
+    batches = list(DataLoader(pairs, 4, num_workers=1, multiprocessing_context="fork"))
+    assert batches[0].tiles.shape == (4, 2, SIDE, SIDE, 3)
+    assert batches[0].places.shape == (4, 2, 2)
+    assert torch.equal(batches[1].places[2], pairs[6].places)
 
 
 def test_blocks_keep_what_is_learned_from_away_from_what_is_judged():
@@ -182,24 +166,18 @@ def test_blocks_keep_what_is_learned_from_away_from_what_is_judged():
     blocks = SpatialBlocks(block=40_000, buffer=2 * reach + 3000, seed=3)
     lonlat = tile_map.lonlat(places)
     judged = lonlat[blocks.judge(lonlat)]
-    triplets = make(places=places[blocks.train(lonlat)], length=500)
-    learned = drawn_places(triplets).reshape(-1, 2)
+    pairs = make(places=places[blocks.train(lonlat)], length=500)
+    learned = drawn_places(pairs).reshape(-1, 2)
     assert len(judged) > 200
     assert great_circle(learned[:, None], judged[None]).min() > 2 * reach
 
 
 def test_errors_say_what_was_expected():
-    with pytest.raises(ValueError, match="no places for triplets"):
+    with pytest.raises(ValueError, match="no places for pairs"):
         make(places=np.empty((0, 2)))
-    with pytest.raises(ValueError, match="shift 5000 m and far 4000 m"):
-        make(shift=5000, far=4000)
+    with pytest.raises(ValueError, match="shift is -1 m"):
+        make(shift=-1)
     with pytest.raises(ValueError, match="share from 0 to 1, found 2"):
         make(drop_layers=2)
-    with pytest.raises(ValueError, match=r"none of 400 places is more than 300000 m.*lower far"):
-        make(far=300_000)
-    # The middle of the map has none, its corners have each other.
-    corners = np.array([[400, 10], [990, 990], [695, 500]])
-    with pytest.raises(ValueError, match="none of 3 places is more than 120000 m"):
-        make(places=corners, far=120_000)
     with pytest.raises(IndexError):
         make()[2000]

@@ -1,0 +1,304 @@
+"""Embeddings of a map's tiles, judged: what lies there, what is alike, what is near.
+
+    result = run_loc2vec(load_judged("runs/NAME", 0, tile_map), tile_map, Loc2Vec(metres=200))
+    result.scores["knn_landcover"], result.scores["effective_rank"]
+
+The split is spatial (`tile_blocks`): neighbours and the linear classifier come from tiles of the
+train blocks, what is scored from the inner parts of the others, and no two such tiles share ground.
+Training holds out the same blocks, so an encoder may be judged on the map that it has learned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ssl_flow.data.georeference import great_circle
+from ssl_flow.data.sphere import around, tile_blocks
+from ssl_flow.data.tiles import NO_LAND, TileMap
+from ssl_flow.evaluation.outcome import Outcome
+from ssl_flow.evaluation.pixel_features import frozen, require_positive
+from ssl_flow.models import create_tile_encoder, load_tile_encoder
+from ssl_flow.models.encoder import device_of
+from ssl_flow.models.folder import read_folder
+
+_BANDS = ((1, 4), (4, 16), (16, np.inf))  # of the distance to a negative, in sides of a tile
+
+
+@dataclass(frozen=True)
+class Loc2Vec:
+    """The protocol; all of it is ours."""
+
+    name: ClassVar[str] = "loc2vec"
+    version: ClassVar[int] = 1
+    metres: float = 200  # side of a tile on the ground, as the encoder was trained
+    pixels: int = 64  # side of a tile, likewise
+    train_tiles: int = 3000
+    test_tiles: int = 1500
+    neighbours: int = 20  # that vote, by Euclidean distance, all alike
+
+    def __post_init__(self) -> None:
+        """ValueError for a value with which nothing could be judged."""
+        require_positive(self, *(f.name for f in fields(self)))
+
+
+class Judged(NamedTuple):
+    """N tiles of a map to learn from or to score."""
+
+    xy: np.ndarray
+    """(N, 2) pixels of their centres."""
+    places: np.ndarray
+    """(N, 2) longitude and latitude."""
+    tiles: np.ndarray
+    """(N, pixels, pixels, C) uint8."""
+    labels: dict[str, np.ndarray]
+    """Name -> (N,) the class that most of a tile's pixels have."""
+
+
+class Histograms(nn.Module):
+    """The floor: of every channel the shares of pixels in 8 equal ranges of values."""
+
+    def normalize(self, tiles: Tensor) -> Tensor:
+        """(B, H, W, C) uint8, as they are."""
+        return tiles
+
+    def forward(self, tiles: Tensor) -> Tensor:
+        """(B, H, W, C) uint8 -> (B, 8 C)."""
+        shares = [(tiles // 32 == k).float().mean((1, 2)) for k in range(8)]
+        return torch.cat(shares, 1)
+
+
+def load_judged(spec: str, seed: int, tile_map: TileMap) -> nn.Module:
+    """`histograms`, `random:NAME`, or a folder with an encoder of this map's channels.
+
+    Raises:
+        ValueError: it takes other channels.
+        FileNotFoundError, WeightsError: see `load_tile_encoder`.
+    """
+    if spec == "histograms":
+        return Histograms()
+    if spec.startswith(("random:", "timm:")):
+        torch.manual_seed(seed)
+        return create_tile_encoder(spec, tile_map.channels)
+    encoder = load_tile_encoder(spec)
+    taken, given = ([c.rpartition(".")[2] for c in part]  # satellite.red is red
+                    for part in (encoder.channels, tile_map.channels))  # fmt: skip
+    if taken != given:
+        raise ValueError(
+            f"{spec} takes the channels {', '.join(encoder.channels)}; {tile_map.path} has "
+            f"{', '.join(tile_map.channels)}: choose some by map:PATH@NAME,NAME"
+        )
+    return encoder
+
+
+def judged_digest(spec: str, seed: int) -> str:
+    """SHA-256 of an encoder's files, or of the name and seed of one that has none."""
+    if spec == "histograms" or spec.startswith(("random:", "timm:")):
+        return hashlib.sha256(f"{spec} {seed}".encode()).hexdigest()
+    folder, _, _ = read_folder(Path(spec))
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.json")) + sorted(folder.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def embed_tiles(encoder: nn.Module, tiles: np.ndarray, size: int = 256) -> np.ndarray:
+    """(N, H, W, C) uint8 -> (N, D) float32."""
+    device, normalize = device_of(encoder), getattr(encoder, "normalize")  # noqa: B009
+    with frozen(encoder):  # type: ignore[arg-type]
+        parts = [
+            encoder(normalize(torch.from_numpy(tiles[i : i + size]).to(device))).float().cpu()
+            for i in range(0, len(tiles), size)
+        ]
+    return torch.cat(parts).numpy()
+
+
+def run_loc2vec(
+    encoder: nn.Module, tile_map: TileMap, protocol: Loc2Vec, progress: bool = False
+) -> Outcome:
+    """Judge an encoder of tiles (`load_judged`); everything but the encoder is the same for all.
+
+    Scores: `knn_LABEL` and `linear_LABEL`, shares of the tiles whose main class is found (k nearest
+    neighbours; logistic regression of standardised embeddings); `triplets_...`, how often a tile is
+    nearer to its shifted, turned self than to another 1-4, 4-16 or more tiles away;
+    `effective_rank`; `silhouette_LABEL` of the classes; `spearman` of the distances of embeddings
+    and on the ground. BatchNorm statistics of an untrained encoder are estimated on the train
+    tiles.
+
+    Raises:
+        ValueError: the encoder was trained on other tiles, or too few can be judged.
+    """
+    from scipy.stats import spearmanr
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import silhouette_samples
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    start = time.perf_counter()
+    check_tile(encoder, protocol)
+    train, test, again = judged_tiles(tile_map, protocol)
+    estimate_untrained(encoder, train.tiles)
+    known, found, seen_anew = (embed_tiles(encoder, t) for t in (train.tiles, test.tiles, again))
+    values: dict[str, np.ndarray] = {}
+    predicted: dict[str, np.ndarray] = {}
+    neighbours = min(protocol.neighbours, len(known))
+    for label, truth in test.labels.items():
+        knn = KNeighborsClassifier(neighbours).fit(known, train.labels[label])
+        predicted[label] = knn.predict(found)
+        values[f"knn_{label}"] = predicted[label] == truth
+        if len(np.unique(train.labels[label])) > 1:
+            linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+            values[f"linear_{label}"] = (
+                linear.fit(known, train.labels[label]).predict(found) == truth
+            )
+    apart = great_circle(test.places[:, None], test.places[None]) / protocol.metres
+    points = torch.from_numpy(found).double()
+    between = torch.cdist(points, points).numpy()
+    nearer = np.linalg.norm(found - seen_anew, axis=1)[:, None] < between
+    for low, high in _BANDS:
+        band = (apart >= low) & (apart < high)
+        if band.any():
+            share = (nearer & band).sum(1) / band.sum(1).clip(1)
+            share[~band.any(1)] = share[band.any(1)].mean()  # leaves the mean as it is
+            name = f"{low}-{high}" if np.isfinite(high) else f"{low}+"
+            values[f"triplets_{name}_tiles"] = share
+    for label, truth in test.labels.items():
+        if 1 < len(np.unique(truth)) < len(truth):
+            values[f"silhouette_{label}"] = silhouette_samples(found, truth)
+    values = {name: value.astype(np.float64) for name, value in values.items()}
+    pairs = np.triu_indices(len(found), 1)
+    scores = {name: float(value.mean()) for name, value in values.items()}
+    scores["effective_rank"] = rank_of(found)
+    scores["spearman"] = float(spearmanr(between[pairs], apart[pairs]).statistic)
+    blocks = tile_blocks(protocol.metres).cells(test.places).astype(int)
+    first = next(iter(test.labels), None)
+    per_class: dict[str, float | None] = {}
+    if first:
+        for value, name in (tile_map.labels[first].names or {}).items():
+            mine = test.labels[first] == value
+            if mine.any():
+                per_class[name] = float((predicted[first] == test.labels[first])[mine].mean())
+    return Outcome(
+        scores=scores,
+        values=values,
+        items=[f"{row}_{column}/{i}" for i, (row, column) in enumerate(blocks.tolist())],
+        per_class=per_class,
+        details={
+            "dimensions": found.shape[1],
+            "train_tiles": len(known),
+            "test_tiles": len(found),
+            "most_common_class": {
+                label: float(np.unique(truth, return_counts=True)[1].max() / len(truth))
+                for label, truth in test.labels.items()
+            },
+            "seconds": round(time.perf_counter() - start, 1),
+        },
+    )
+
+
+def rank_of(embedding: np.ndarray) -> float:
+    """Effective rank of (N, D): exp of the entropy of the centred singular values' shares."""
+    spectrum = np.linalg.svd(embedding - embedding.mean(0, dtype=np.float64), compute_uv=False)
+    share = spectrum / max(spectrum.sum(), 1e-12)
+    share = share[share > 0]
+    return float(np.exp(-(share * np.log(share)).sum()))
+
+
+def check_tile(encoder: nn.Module, protocol: Loc2Vec) -> None:
+    """ValueError unless an encoder was trained on such tiles, or does not say on which."""
+    tile: dict[str, Any] = getattr(encoder, "tile", {})
+    wanted = {"side": protocol.pixels, "metres": protocol.metres}
+    if tile and tile != wanted:
+        raise ValueError(
+            f"the encoder was trained on tiles of {tile['metres']:g} m and {tile['side']} pixels: "
+            f"judge it by --metres {tile['metres']:g} --pixels {tile['side']}"
+        )
+
+
+@torch.no_grad()
+def estimate_untrained(encoder: nn.Module, tiles: np.ndarray, count: int = 1024) -> None:
+    """Set BatchNorm statistics of an encoder that has never been trained to those of tiles."""
+    norms = [m for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if any(norm.num_batches_tracked for norm in norms):
+        return
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = None  # the mean over the batches
+    encoder.train()
+    normalize = getattr(encoder, "normalize")  # noqa: B009
+    for part in torch.from_numpy(tiles[:count]).split(256):
+        encoder(normalize(part.to(device_of(encoder))))
+    encoder.eval()
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+def judged_tiles(tile_map: TileMap, protocol: Loc2Vec) -> tuple[Judged, Judged, np.ndarray]:
+    """Tiles of the train blocks, tiles to score, and these shifted and turned (N, S, S, C).
+
+    Raises:
+        ValueError: fewer than 20 can be learned from, or scored.
+    """
+    key = (str(tile_map.path), *tile_map.channels)
+    return _judged_tiles(key, protocol, _Unhashed(tile_map))
+
+
+class _Unhashed:
+    """A map, equal to any other: the cache is by its path and channels."""
+
+    def __init__(self, tile_map: TileMap) -> None:
+        self.map = tile_map
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Unhashed)
+
+
+@lru_cache(maxsize=2)
+def _judged_tiles(
+    key: tuple[str, ...], protocol: Loc2Vec, held: _Unhashed
+) -> tuple[Judged, Judged, np.ndarray]:
+    tile_map, blocks = held.map, tile_blocks(protocol.metres)
+    train = _draw(tile_map, protocol, blocks.train, protocol.train_tiles, 0)
+    test = _draw(tile_map, protocol, blocks.judge, protocol.test_tiles, 1)
+    rng, again = np.random.default_rng(2), []
+    for xy, place in zip(test.xy, test.places, strict=True):
+        x, y = tile_map.georeference.pixel(around(rng, place, protocol.metres / 2))
+        if not tile_map.contains(np.array([x, y])):
+            x, y = xy
+        angle = rng.uniform(0, 360)
+        again.append(tile_map.cut(x, y, protocol.pixels, metres=protocol.metres, rotation=angle))
+    return train, test, np.stack(again)
+
+
+def _draw(tile_map: TileMap, protocol: Loc2Vec, chosen: Any, count: int, seed: int) -> Judged:  # noqa: ANN401
+    side, metres = protocol.pixels, protocol.metres
+    xy, _ = tile_map.draw_centres(
+        count, side, metres=metres, rng=np.random.default_rng(seed),
+        where=lambda xy: chosen(tile_map.lonlat(xy)) & tile_map.is_land(xy),
+    )  # fmt: skip
+    labels, known = {}, np.ones(len(xy), bool)
+    for name, mosaic in tile_map.labels.items():
+        cuts = [tile_map.cut_labels(name, x, y, side, metres=metres) for x, y in xy.tolist()]
+        labels[name] = np.array([np.bincount(cut.ravel()).argmax() for cut in cuts])
+        ignored = [v for v, n in (mosaic.names or {}).items() if n.lower() in NO_LAND]
+        known &= ~np.isin(labels[name], ignored)
+    xy = xy[known]
+    if len(xy) < 20:
+        raise ValueError(
+            f"{tile_map.path}: only {len(xy)} of {count} tiles of {metres:g} m are mainly of a "
+            f"class other than {', '.join(NO_LAND)}: change --metres"
+        )
+    tiles = np.stack([tile_map.cut(x, y, side, metres=metres) for x, y in xy.tolist()])
+    return Judged(xy, tile_map.lonlat(xy), tiles, {k: v[known] for k, v in labels.items()})

@@ -1,0 +1,234 @@
+"""What an embedding of places looks like: neighbours, the map in its colours, walks, sums."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ssl_flow.data.tiles import TileMap
+from ssl_flow.evaluation.loc2vec import Judged, Loc2Vec, embed_tiles
+from ssl_flow.models import TileEncoder
+
+# Of a layer whose name begins so; the first layers are drawn last. Others get a hue of their own.
+_COLOURS = {
+    "road_major": (214, 80, 40), "road": (250, 190, 60), "path": (150, 110, 70),
+    "rail": (60, 60, 60), "building": (120, 90, 110), "water": (90, 150, 220),
+    "forest": (110, 165, 100), "grass": (205, 230, 170), "green": (170, 215, 140),
+    "residential": (225, 215, 215), "commercial": (235, 200, 225), "industrial": (225, 195, 215),
+    "bare": (205, 195, 180), "amenity": (245, 225, 175),
+}  # fmt: skip
+_PAPER = 248
+
+
+def tile_rgb(tiles: np.ndarray, tile_map: TileMap) -> np.ndarray:
+    """(N, H, W, C) uint8 tiles of a map as pictures (N, H, W, 3) uint8; layers are painted over."""
+    colour = np.flatnonzero(tile_map.colour)
+    if len(colour):
+        return tiles[..., colour[:3]]
+    shown = np.full((*tiles.shape[:3], 3), _PAPER, np.float32)
+    for index in reversed(range(tiles.shape[-1])):
+        name = tile_map.channels[index]
+        hue = np.array([[[index * 67 % 180, 120, 200]]], np.uint8)
+        other = tuple(cv2.cvtColor(hue, cv2.COLOR_HSV2RGB)[0, 0].tolist())
+        paint = next((c for k, c in _COLOURS.items() if name.startswith(k)), other)
+        share = tiles[..., index, None].astype(np.float32) / 255
+        shown = shown + share * (np.array(paint, np.float32) - shown)
+    return shown.round().astype(np.uint8)
+
+
+def neighbour_sheet(shown: np.ndarray, grid: np.ndarray, side: int = 96) -> np.ndarray:
+    """Pictures (N, H, W, 3) in the rows and columns of `grid`, (R, K) indices; -1 = nothing."""
+    rows = []
+    for line in np.asarray(grid):
+        tiles = [
+            cv2.resize(shown[i], (side, side), interpolation=cv2.INTER_AREA)
+            if i >= 0
+            else np.full((side, side, 3), 255, np.uint8)
+            for i in line
+        ]
+        padded = [np.pad(t, ((2, 2), (2, 2), (0, 0)), constant_values=255) for t in tiles]
+        rows.append(np.hstack(padded))
+    return np.vstack(rows)
+
+
+def nearest(points: np.ndarray, queries: np.ndarray, count: int) -> np.ndarray:
+    """(Q, count) indices of the nearest of (N, D) points to (Q, D) queries, nearest first."""
+    distances = torch.cdist(torch.from_numpy(queries).double(), torch.from_numpy(points).double())
+    found: np.ndarray = distances.topk(min(count, len(points)), largest=False).indices.numpy()
+    return found
+
+
+def draw_pictures(
+    encoder: nn.Module, tile_map: TileMap, protocol: Loc2Vec, judged: Judged
+) -> list[tuple[str, str, np.ndarray]]:
+    """(name, caption, picture (H, W, 3) uint8) of the tiles that are scored; few of a floor."""
+    points = embed_tiles(encoder, judged.tiles)
+    shown = tile_rgb(judged.tiles, tile_map)
+    rng = np.random.default_rng(0)
+    queries = rng.choice(len(points), min(8, len(points)), replace=False)
+    pictures = [
+        (
+            "neighbours",
+            "left a tile, then those nearest to it",
+            neighbour_sheet(shown, nearest(points, points[queries], 9)),
+        ),
+        (
+            "map",
+            "the map, and its places in the first three principal components (grey: left out)",
+            map_picture(encoder, tile_map, protocol, points),
+        ),
+    ]
+    if not isinstance(encoder, TileEncoder) or not encoder.tile:
+        return pictures
+    walked = neighbour_sheet(shown, walks(points, rng))
+    pictures.append(("tsne", "all tiles by t-SNE", scatter(points, shown)))
+    pictures.append(("walks", "nearest tiles along the line from the left to the right", walked))
+    if sums := _sums(points, judged, tile_map):
+        text = "left a tile; nearest to it less the mean of its class, plus that of another: "
+        grid = neighbour_sheet(shown, sums[1])
+        pictures.append(("sums", text + ", ".join(sums[0]), grid))
+    text = "what each dimension answers to most (upper half) and least (lower half)"
+    pictures.append(("filters", text, filters(encoder, judged.tiles, tile_map)))
+    return pictures
+
+
+def walks(points: np.ndarray, rng: np.random.Generator, steps: int = 9) -> np.ndarray:
+    """(6, steps) indices: from one point to a distant one, the nearest not yet seen on the way."""
+    grid = []
+    for start in rng.choice(len(points), min(6, len(points)), replace=False):
+        far = np.argsort(np.linalg.norm(points - points[start], axis=1))[-len(points) // 5 :]
+        end = int(rng.choice(far))
+        line = [int(start)]
+        for share in np.linspace(0, 1, steps)[1:-1]:
+            at = (1 - share) * points[start] + share * points[end]
+            order = np.argsort(np.linalg.norm(points - at, axis=1))
+            line.append(int(next((i for i in order if i not in (*line, end)), end)))
+        grid.append([*line, end])
+    return np.array(grid)
+
+
+def _sums(
+    points: np.ndarray, judged: Judged, tile_map: TileMap
+) -> tuple[list[str], np.ndarray] | None:
+    label = next(iter(judged.labels), None)
+    if label is None:
+        return None
+    classes = judged.labels[label]
+    found, counts = np.unique(classes, return_counts=True)
+    common = found[np.argsort(-counts)][:4].tolist()
+    names = tile_map.labels[label].names or {}
+    means = {c: points[classes == c].mean(0) for c in common}
+    heads, grid = [], []
+    for a, b in [(a, b) for a in common for b in common if a != b][:6]:
+        mine = np.flatnonzero(classes == a)
+        tile = mine[np.linalg.norm(points[mine] - means[a], axis=1).argsort()[len(mine) // 2]]
+        result = points[tile] - means[a] + means[b]
+        heads.append(f"{names.get(a, a)} to {names.get(b, b)}")
+        grid.append([tile, -1, *nearest(points, result[None], 8)[0]])
+    return (heads, np.array(grid)) if grid else None
+
+
+def map_picture(
+    encoder: nn.Module, tile_map: TileMap, protocol: Loc2Vec, points: np.ndarray, cells: int = 6000
+) -> np.ndarray:
+    """The map beside the map coloured by the first three principal components of `points`.
+
+    A cell a place of a grid of about `cells`; grey: outside or empty.
+    """
+    width, height = tile_map.size
+    step = (width * height / cells) ** 0.5
+    xy = np.stack(np.meshgrid(*(np.arange(step / 2, n - 0.5, step) for n in (width, height))), -1)
+    kept, tiles = np.zeros(xy.shape[:2], bool), []
+    for row, column in np.argwhere(tile_map.is_inside(xy.reshape(-1, 2)).reshape(kept.shape)):
+        try:
+            x, y = xy[row, column].tolist()
+            tile = tile_map.cut(x, y, protocol.pixels, metres=protocol.metres)
+        except ValueError:
+            continue  # near a pole a tile is wider than the map
+        if tile_map.content(tile) >= 0.05 and tile_map.is_land(xy[None, row, column])[0]:
+            kept[row, column] = True
+            tiles.append(tile)
+    colours = np.full((*kept.shape, 3), 128, np.uint8)
+    colours[kept] = pca_colours(points, embed_tiles(encoder, np.stack(tiles)))
+    shape = (round(720 * width / height), 720)
+    side = cv2.resize(colours, shape, interpolation=cv2.INTER_NEAREST)
+    return np.hstack([_overview(tile_map, shape), np.full((720, 8, 3), 255, np.uint8), side])
+
+
+def _overview(tile_map: TileMap, shape: tuple[int, int]) -> np.ndarray:
+    """The whole map as a picture of `shape` (width, height)."""
+    width, height = tile_map.size
+    bands = [raster.read(0, 0, width, height)[..., band] for raster in tile_map.rasters
+             for band in range(len(raster.channels))]  # fmt: skip
+    small = [cv2.resize(band, shape, interpolation=cv2.INTER_AREA) for band in bands]
+    return np.asarray(tile_rgb(np.stack(small, -1)[None], tile_map)[0])
+
+
+def pca_colours(points: np.ndarray, shown: np.ndarray) -> np.ndarray:
+    """(M, 3) uint8: `shown` (M, D) in the first three principal components of `points` (N, D)."""
+    mean = points.mean(0)
+    basis = np.linalg.svd(points - mean, full_matrices=False)[2][:3].T
+    low, high = np.quantile((points - mean) @ basis, (0.02, 0.98), axis=0)
+    scaled = ((shown - mean) @ basis - low) / np.maximum(high - low, 1e-9)
+    colours: np.ndarray = (scaled.clip(0, 1) * 255).round().astype(np.uint8)
+    return colours
+
+
+def scatter(points: np.ndarray, shown: np.ndarray, size: int = 1400, side: int = 44) -> np.ndarray:
+    """Tiles at their places in a t-SNE of (N, D) points; one that would cover another is left."""
+    from sklearn.manifold import TSNE
+
+    plane = TSNE(perplexity=min(30, (len(points) - 1) / 3), random_state=0).fit_transform(points)
+    low, high = plane.min(0), plane.max(0)
+    corners = ((plane - low) / (high - low) * (size - side)).astype(int)
+    canvas, free = np.full((size, size, 3), 255, np.uint8), np.ones((size, size), bool)
+    for picture, (x, y) in zip(shown, corners.tolist(), strict=True):
+        window = (slice(y, y + side), slice(x, x + side))
+        if free[window].mean() > 0.7:
+            canvas[window] = cv2.resize(picture, (side, side), interpolation=cv2.INTER_AREA)
+            free[window] = False
+    return canvas
+
+
+def filters(encoder: TileEncoder, tiles: np.ndarray, tile_map: TileMap) -> np.ndarray:
+    """Tiles made by gradient ascent, two for each dimension of the embedding: most, least.
+
+    Erhan et al., "Visualizing higher-layer features of a deep network", 2009; from the mean colour
+    and noise at a quarter of the resolution, moved in each step, so that no single pixel decides.
+    """
+    dimensions, side = encoder.embedding_dim, tiles.shape[1]
+    device = next(encoder.parameters()).device
+    encoder.eval()
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.from_numpy(tiles.mean((0, 1, 2)) / 255).clamp(0.02, 0.98).float()
+    coarse = torch.randn(2 * dimensions, len(mean), side // 4, side // 4, generator=generator)
+    logits = (mean.logit()[:, None, None] + 0.1 * coarse).to(device).requires_grad_()
+    sign = torch.tensor([1.0, -1.0], device=device).repeat_interleave(dimensions)
+    unit = torch.arange(dimensions, device=device).repeat(2)
+    optimizer = torch.optim.Adam([logits], lr=0.1)
+    for step in range(100):
+        shift = (3 * step % 7 - 3, 5 * step % 7 - 3)
+        values = _pixels(logits, side).roll(shift, (2, 3))
+        answer = encoder(encoder.normalize(255 * values.permute(0, 2, 3, 1)))
+        loss = -(sign * answer.gather(1, unit[:, None])[:, 0]).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    made = (255 * _pixels(logits, side)).detach().permute(0, 2, 3, 1).round().byte().cpu().numpy()
+    shown = tile_rgb(made, tile_map)
+    grid = np.arange(2 * dimensions).reshape(2, dimensions)
+    half = -(-dimensions // 2)
+    if dimensions <= 8:
+        return neighbour_sheet(shown, grid)
+    parts: Sequence[np.ndarray] = (grid[:, :half], grid[:, half:])
+    padded = [np.pad(p, ((0, 0), (0, half - p.shape[1])), constant_values=-1) for p in parts]
+    return neighbour_sheet(shown, np.vstack(padded))
+
+
+def _pixels(logits: Tensor, side: int) -> Tensor:
+    """(B, C, side, side) in 0..1, smooth."""
+    return torch.nn.functional.interpolate(logits, (side, side), mode="bilinear").sigmoid()
