@@ -17,7 +17,7 @@ from ssl_flow.data.augment import Pair
 from ssl_flow.data.segmentation import open_segmentation
 from ssl_flow.flow import optical_flow
 from ssl_flow.models import load_encoder
-from ssl_flow.training.monitors import embedding_sheet
+from ssl_flow.training.flow_task import embedding_sheet
 
 SIDE = 256
 

@@ -5,7 +5,7 @@
 
 Four loops take turns, round by round, so that a slow spell of the machine hits all alike:
 `backbone` (forward, backward, optimiser of timm's plain model), `encoder` (with head, loss a plain
-sum), `step` (the training loop's own make_batch and take_step on the loader's batches), and
+sum), `step` (the training loop's own batch and take_step on the loader's batches), and
 `loader` (batches alone). The same precision and memory format in all. Writes training_DEVICE.md and
 training_profile_DEVICE.png into benchmarks/results.
 """
@@ -34,11 +34,12 @@ from ssl_flow.config import Config, DataConfig, TrainConfig, load_config
 from ssl_flow.data.augment import Windows
 from ssl_flow.data.pairs import Window
 from ssl_flow.data.synthetic import synthetic_sources
-from ssl_flow.flow import FlowStore, extract
+from ssl_flow.flow import extract
 from ssl_flow.models import create_encoder
-from ssl_flow.training.batches import make_batch, make_loader, make_pairs, reading
+from ssl_flow.training.batches import make_loader, reading
 from ssl_flow.training.distributed import World
-from ssl_flow.training.step import Shadow, make_objective, make_optimizer, take_step
+from ssl_flow.training.flow_task import FlowTask
+from ssl_flow.training.step import Shadow, amp_type, make_optimizer, take_step
 
 SHARES = ["data wait", "augment", "forward", "loss", "backward", "optimizer"]
 
@@ -52,7 +53,7 @@ class Bench:
         self.world = World(self.device)
         preset = load_config("small")  # its head and loss are those of `default`, too
         self.config = Config(
-            data=DataConfig(crop=options.crop, workers=options.workers),
+            data=DataConfig(str(options.store), crop=options.crop, workers=options.workers),
             model=replace(preset.model, backbone=options.backbone),
             loss=preset.loss,
             train=TrainConfig(
@@ -68,7 +69,8 @@ class Bench:
         model = self.config.model
         encoder = create_encoder(model.backbone, model.embedding_dim, model.hidden_dim)
         self.encoder = encoder.to(self.device).to(memory_format=channels_last).train()
-        self.objective = make_objective(self.config, self.encoder, self.device)
+        self.task = FlowTask(self.config)
+        self.objective = self.task.objective(self.encoder, amp_type(self.config, self.device))
         self.buffers = Shadow(self.objective.buffers())
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
         shape = (options.batch, 3, options.crop, options.crop)
@@ -121,15 +123,15 @@ class Bench:
 
     def loader(self) -> DataLoader[Window]:
         """What `batches` comes from."""
-        pairs = make_pairs(self.config, FlowStore(self.options.store))
-        return make_loader(self.config, pairs, self.world, 0)
+        pairs = self.task.examples(self.options.store)
+        return make_loader(self.config, pairs, self.task.collate, self.world, 0)
 
     def step(self, log: bool = False) -> None:
         """What training does; `log` waits for the device after each part and adds to `times`."""
         self.begun = self._now() if log else None
         windows = next(self.batches)
         self._done("data wait")
-        batch = make_batch(windows, self.options.crop, self.encoder, self.config)
+        batch = self.task.batch(windows, self.options.crop, self.encoder)
         self._done("augment")
         optimizer = self.optimizers[self.encoder]
         take_step(self.objective, batch, optimizer, self.scaler, 1, self.world, self.buffers)

@@ -28,6 +28,16 @@ _COMMANDS = {
         "rasterize_command",
         "an OpenStreetMap extract -> layers to cut tiles from",
     ),
+    "loc2vec embed": (
+        "ssl_flow.evaluation.loc2vec_command",
+        "embed_command",
+        "places of a map -> vectors",
+    ),
+    "loc2vec neighbours": (
+        "ssl_flow.evaluation.loc2vec_command",
+        "neighbours_command",
+        "vectors -> the places most alike one",
+    ),
 }
 
 

@@ -33,7 +33,10 @@ def test_unknown_command_is_told_with_the_known_ones(capsys):
         "train",
         "eval linear-probe",
         "eval suite",
+        "eval loc2vec",
         "loc2vec rasterize",
+        "loc2vec embed",
+        "loc2vec neighbours",
     ],
 )
 def test_every_command_has_help(command, capsys):

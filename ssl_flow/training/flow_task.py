@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_flow.config import Config
-from ssl_flow.data.augment import Windows, augment, normalize_flow
+from ssl_flow.data.augment import Pair, Windows, augment, normalize_flow
 from ssl_flow.data.pairs import FlowPairs, collate
 from ssl_flow.evaluation.pictures import pca_rgb
 from ssl_flow.flow import FlowStore, extract, flow_to_rgb
@@ -163,19 +163,10 @@ class FlowTask:
         """The third output of the objective, by its name."""
         return {"ridge": value} if self.config.loss.ridge_weight else {}
 
-    @torch.no_grad()
-    def sheet(self, encoder: Encoder, windows: Windows, tile: int = 128) -> np.ndarray:
-        """Rows of frame, flow (colour wheel), embedding (PCA-RGB): (3 tile, B tile, 3) uint8."""
+    def sheet(self, encoder: Encoder, windows: Windows) -> np.ndarray:
+        """See `embedding_sheet`."""
         device, crop = next(encoder.parameters()).device, self.config.data.crop
-        pair = augment(windows.to(device), (crop, crop))
-        flows = (pair.flow * (pair.weight > 0).unsqueeze(1)).permute(0, 2, 3, 1).cpu().numpy()
-        colours = pca_rgb(encoder.embed(encoder.normalize(pair.image)))
-        rows: list[Iterable[np.ndarray]] = [
-            pair.image.cpu().numpy(),
-            [flow_to_rgb(flow) for flow in flows],
-            colours,
-        ]
-        return np.vstack([np.hstack([_resize(image, tile) for image in row]) for row in rows])
+        return embedding_sheet(encoder, augment(windows.to(device), (crop, crop)))
 
     def save(self, encoder: Encoder, folder: Path) -> None:
         """Write the encoder's folder."""
@@ -198,6 +189,18 @@ def _synthetic(config: Config) -> int:
     if count and not (count.isdigit() and int(count)):
         raise ValueError(f"data.store is {config.data.store!r}; expected synthetic:N, N videos")
     return int(count or 150)
+
+
+@torch.no_grad()
+def embedding_sheet(encoder: Encoder, pair: Pair, tile: int = 128) -> np.ndarray:
+    """Rows of frame, flow (colour wheel), embedding (PCA-RGB) for a batch: (3 tile, B tile, 3)."""
+    flows = (pair.flow * (pair.weight > 0).unsqueeze(1)).permute(0, 2, 3, 1).cpu().numpy()
+    rows: list[Iterable[np.ndarray]] = [
+        pair.image.cpu().numpy(),
+        [flow_to_rgb(flow) for flow in flows],
+        pca_rgb(encoder.embed(encoder.normalize(pair.image))),
+    ]
+    return np.vstack([np.hstack([_resize(image, tile) for image in row]) for row in rows])
 
 
 def _resize(image: np.ndarray, side: int) -> np.ndarray:

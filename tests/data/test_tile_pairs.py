@@ -1,4 +1,4 @@
-"""Where pairs of tiles come from and what is done to them, on a map that knows what it was asked."""
+"""Where pairs of tiles come from and what is done to them, on a map that knows what is asked."""
 
 import numpy as np
 import pytest

@@ -21,10 +21,9 @@ SCRIPT = Path(__file__).with_name("without_batchnorm.py")
 
 def test_two_processes_learn_what_one_does_and_one_goes_on_with_their_run(tmp_path, monkeypatch):
     train = {"log_every": 1, "checkpoint_every": 100, "amp": "none", "ema": 0.5, "accumulate": 2}
-    config = tiny("synthetic", tmp_path / "two", steps=12, **train)
+    config = tiny("synthetic:2", tmp_path / "two", steps=12, **train)
     config = replace(
         config,
-        data=replace(config.data, videos=2),
         model=replace(config.model, backbone="test_convnext"),
     )
     save_config(config, tmp_path / "c.yaml")

@@ -12,8 +12,9 @@ from ssl_flow.losses import CrossPixelFlowLoss
 from ssl_flow.models import create_encoder
 from ssl_flow.training import loop, pretrain
 from ssl_flow.training.distributed import World
+from ssl_flow.training.flow_task import Batch, Objective
 from ssl_flow.training.safety import Interrupted
-from ssl_flow.training.step import Batch, Objective, Shadow, make_optimizer, take_step
+from ssl_flow.training.step import Shadow, make_optimizer, take_step
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,15 +13,16 @@ from tiny import lines, tiny
 from ssl_flow.config import Config, EvaluationConfig
 from ssl_flow.models import create_encoder, load_encoder, save_encoder
 from ssl_flow.models.encoder import Normalization
-from ssl_flow.training import initial, loop, pretrain, score, train_command
+from ssl_flow.training import flow_task, initial, loop, pretrain, score, train_command
+from ssl_flow.training.flow_task import FlowTask
 from ssl_flow.training.initial import initialize
+from ssl_flow.training.monitors import effective_rank, embedding_std
 from ssl_flow.training.safety import (
     CollapseError,
     Interrupted,
     MemoryAdvice,
     StopSignals,
     check_collapse,
-    embedding_std,
     explain_out_of_memory,
 )
 
@@ -31,14 +32,14 @@ def weights(run):
 
 
 def test_non_finite_steps_are_skipped_counted_and_in_the_end_fatal(store, tmp_path, monkeypatch):
-    real, calls = loop.make_batch, []
+    real, calls = FlowTask.batch, []
 
     def sometimes_nan(*arguments):
         calls.append(1)
         batch = real(*arguments)
         return batch._replace(images=batch.images * (math.nan if len(calls) in bad else 1))
 
-    monkeypatch.setattr(loop, "make_batch", sometimes_nan)
+    monkeypatch.setattr(FlowTask, "batch", sometimes_nan)
     bad = {2, 3}
     rows = lines(pretrain(tiny(store, tmp_path / "a")))
     assert rows[-1]["skipped_steps"] == 2
@@ -71,7 +72,7 @@ def test_out_of_memory_names_the_knobs(error):
         assert knob in str(caught.value)
 
 
-@pytest.mark.parametrize("place", ["make_optimizer", "load_checkpoint", "save_encoder"])
+@pytest.mark.parametrize("place", ["make_optimizer", "load_checkpoint", "score_run"])
 def test_a_lack_of_memory_anywhere_is_explained(store, tmp_path, monkeypatch, capsys, place):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
@@ -117,8 +118,16 @@ def test_signals_are_remembered_and_a_second_ctrl_c_acts():
 
 def test_embedding_std_is_zero_for_a_constant_and_one_for_all_directions():
     torch.manual_seed(0)
-    assert embedding_std(torch.ones(2, 8, 4, 4) * 3) == pytest.approx(0, abs=1e-3)
-    assert embedding_std(torch.randn(8, 8, 32, 32)) == pytest.approx(1, abs=1e-3)
+    assert embedding_std(torch.ones(32, 8) * 3) == pytest.approx(0, abs=1e-3)
+    units = torch.nn.functional.normalize(torch.randn(8192, 8), dim=1)
+    assert embedding_std(units) == pytest.approx(1, abs=1e-3)
+
+
+def test_effective_rank_counts_the_dimensions_that_are_used():
+    points = torch.zeros(4000, 6)
+    points[:, :3] = torch.randn(4000, 3)
+    assert effective_rank(points + 5) == pytest.approx(3, abs=0.01)
+    assert effective_rank(torch.ones(50, 6)) == pytest.approx(1, abs=0.01)
 
 
 def test_a_collapse_ends_the_run_after_several_logs_in_a_row(tmp_path):
@@ -144,7 +153,7 @@ def test_a_run_that_collapses_is_stopped(store, tmp_path, monkeypatch, capsys):
         return encoder
 
     real = None
-    monkeypatch.setattr(loop, "create_encoder", build)
+    monkeypatch.setattr(flow_task, "create_encoder", build)
     config = tiny(store, tmp_path, steps=30, log_every=1, warmup=0.1)
     with pytest.raises(CollapseError, match=r"collapsed.* up to step 8"):
         pretrain(config)
@@ -209,15 +218,15 @@ def test_start_weights_bring_their_normalisation_and_keep_it(
     save_encoder(source, tmp_path / "source")
     config = tiny(store, tmp_path / "runs", ema=0.5)
     config = replace(config, model=replace(config.model, init_from=str(tmp_path / "source")))
-    real, calls = loop.make_batch, []
+    real, calls = FlowTask.batch, []
 
     def stop_at_three(*arguments):
-        calls.append(arguments[2].normalization)
+        calls.append(arguments[3].normalization)
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments)
 
-    monkeypatch.setattr(loop, "make_batch", stop_at_three)
+    monkeypatch.setattr(FlowTask, "batch", stop_at_three)
     with pytest.raises(Interrupted):
         pretrain(config)
     (run,) = (tmp_path / "runs").iterdir()

@@ -13,23 +13,14 @@ from torch import nn
 
 from ssl_flow.config import Config, DataConfig, TrainConfig
 from ssl_flow.data.pairs import Window, collate
-from ssl_flow.flow import FlowStore
 from ssl_flow.losses import CrossPixelFlowLoss, RidgeFlowLoss
 from ssl_flow.models import create_encoder
 from ssl_flow.training import loop, pretrain
-from ssl_flow.training.batches import (
-    Share,
-    crop_side,
-    make_batch,
-    make_loader,
-    make_pairs,
-    reading,
-)
+from ssl_flow.training.batches import Share, crop_side, make_loader, reading
 from ssl_flow.training.distributed import World
+from ssl_flow.training.flow_task import Batch, FlowTask, Objective
 from ssl_flow.training.initial import checkpoint_activations, try_step
 from ssl_flow.training.step import (
-    Batch,
-    Objective,
     Shadow,
     step_seed,
     take_step,
@@ -102,14 +93,14 @@ def test_the_ridge_term_is_added_with_its_weight():
     assert not ridge.requires_grad
     assert float(loss) == pytest.approx(float(plain(*data)[0]) + 0.5 * expected, rel=1e-5)
     result = again(lambda: one_step(module, data=data))
-    assert result.ridge == pytest.approx(expected, rel=1e-5)
+    assert result.term == pytest.approx(expected, rel=1e-5)
     assert result.loss == pytest.approx(float(loss), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["test_convnext", "test_vit", "test_resnet"])
 def test_checkpointed_activations_give_the_same_gradient(name):
     plain, cheap = objective(name), objective(name)
-    checkpoint_activations(cheap.encoder, 32)
+    checkpoint_activations(cheap.encoder, torch.zeros(1, 3, 32, 32))
     cheap.train()
     for module in (plain, cheap):
         module(*batch())[0].backward()
@@ -123,14 +114,14 @@ def test_a_backbone_that_keeps_its_activations_is_refused():
     encoder = create_encoder("test_resnet", 8, 16)
     encoder.backbone.set_grad_checkpointing = lambda enable: None
     with pytest.raises(ValueError, match="no memory saved"):
-        checkpoint_activations(encoder, 32)
+        checkpoint_activations(encoder, torch.zeros(1, 3, 32, 32))
 
     def refuse(enable=True):
         raise AssertionError("gradient checkpointing not supported")
 
     encoder.backbone.set_grad_checkpointing = refuse
     with pytest.raises(ValueError, match="test_resnet cannot"):
-        checkpoint_activations(encoder, 32)
+        checkpoint_activations(encoder, torch.zeros(1, 3, 32, 32))
 
 
 def test_float16_trains_with_a_scaled_loss():
@@ -193,20 +184,24 @@ def test_the_average_is_what_is_saved(store, tmp_path):
 
 
 def test_crops_grow_in_steps_and_examples_depend_on_their_number_alone(store):
-    data, train = DataConfig(crop=128, start_crop=64), TrainConfig(steps=30, batch_size=2)
+    data, train = (
+        DataConfig(str(store), crop=128, start_crop=64),
+        TrainConfig(steps=30, batch_size=2),
+    )
     config = Config(data=data, train=train)
     sides = [crop_side(config, step) for step in range(30)]
     assert sides == [64] * 10 + [96] * 10 + [128] * 10
     assert {crop_side(replace(config, data=DataConfig(crop=128)), s) for s in range(30)} == {128}
-    pairs, again = (make_pairs(config, FlowStore(str(store))) for _ in range(2))
+    task = FlowTask(config)
+    pairs, again = (task.examples(store) for _ in range(2))
     encoder = create_encoder("test_resnet", 8, 16)
     windows = collate([pairs[k] for k in (41, 7, 20)])
     same = collate([again[k] for k in (41, 7, 20)])
     for side in (64, 128):
-        batch = make_batch(windows, side, encoder, config)
+        batch = task.batch(windows, side, encoder)
         assert batch.images.shape[-2:] == (side, side)
         assert batch.flow.shape[-2:] == batch.weight.shape[-2:] == (side // 4, side // 4)
-        for first, second in zip(batch, make_batch(same, side, encoder, config), strict=True):
+        for first, second in zip(batch, task.batch(same, side, encoder), strict=True):
             assert torch.equal(first, second)
 
 
@@ -224,7 +219,7 @@ def test_trying_a_step_leaves_no_trace_but_freezes_what_is_not_needed():
     config = Config(data=DataConfig(crop=64, start_crop=32))
     module = Objective(create_encoder("test_convnext", 8, 16), CrossPixelFlowLoss(), None)
     before = copy.deepcopy(module.state_dict())
-    try_step(config, module, 2, CPU)
+    try_step(config, module, [FlowTask(config).trial(2, side, CPU) for side in (32, 64)])
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
     frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
     assert frozen == ["encoder.backbone.head.norm.weight", "encoder.backbone.head.norm.bias"]
@@ -251,7 +246,7 @@ class Threads(torch.utils.data.Dataset):
 
 def test_processes_that_read_use_one_thread_each_and_end_whatever_happens():
     config = Config(data=DataConfig(workers=1), train=TrainConfig(steps=9, batch_size=2))
-    loader = make_loader(config, Threads(), World(CPU), 0)
+    loader = make_loader(config, Threads(), collate, World(CPU), 0)
     with pytest.raises(KeyboardInterrupt), reading(loader) as batches:
         assert next(batches).flip.all()
         raise KeyboardInterrupt

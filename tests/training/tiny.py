@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 from ssl_flow.config import Config, DataConfig, EvaluationConfig, ModelConfig, TrainConfig
-from ssl_flow.training import loop
+from ssl_flow.training.flow_task import FlowTask
 
 
 def tiny(store, out, **train):
@@ -29,7 +29,7 @@ def lines(run: Path):
 
 def stop_at_step_four(monkeypatch):
     """Have the loop receive SIGTERM while it makes its fourth batch."""
-    real, calls = loop.make_batch, []
+    real, calls = FlowTask.batch, []
 
     def stop_at_four(*arguments):
         calls.append(1)
@@ -37,4 +37,4 @@ def stop_at_step_four(monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments)
 
-    monkeypatch.setattr(loop, "make_batch", stop_at_four)
+    monkeypatch.setattr(FlowTask, "batch", stop_at_four)

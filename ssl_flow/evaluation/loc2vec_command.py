@@ -1,0 +1,211 @@
+"""`ssl-flow loc2vec embed` and `ssl-flow loc2vec neighbours`: places -> vectors -> places alike."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from ssl_flow.data.open_map import open_map_spec
+from ssl_flow.evaluation.loc2vec import embed_tiles, judged_digest, load_judged
+from ssl_flow.flow.shard import write_atomically
+from ssl_flow.models import WeightsError, pick_device
+
+_PART = 4096  # places between two saves
+_KINDS = (".csv", ".npy", ".parquet")
+
+
+@dataclass
+class Embed:
+    """A vector for each place of a list. Started again after a stop, it goes on where it was."""
+
+    lonlat: Path
+    """CSV file with columns lon and lat (or longitude and latitude) in degrees; without a header
+    the first two are taken as such."""
+    map: str
+    """What tiles are cut from: a path (docs/maps.md), PATH@NAME,NAME for some of its layers."""
+    encoder: str
+    """A run or encoder folder of `ssl-flow train loc2vec`; or histograms."""
+    out: Path
+    """.csv (lon, lat, e0, e1, ...), .parquet (likewise; needs pyarrow), or .npy (N, D) float32."""
+    metres: float = 0.0
+    """Side of a tile on the ground, where the encoder does not say."""
+    pixels: int = 64
+    """Side of a tile in pixels, likewise."""
+    batch: int = 256
+    """Tiles per forward pass."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+
+
+@dataclass
+class Neighbours:
+    """The places whose vectors are nearest to that of one of them."""
+
+    vectors: Path
+    """A file that `ssl-flow loc2vec embed` wrote."""
+    row: int | None = None
+    """Of the place to start from: 0, 1, ..."""
+    lonlat: tuple[float, float] | None = None
+    """Or longitude and latitude: the place of the file that lies nearest to it."""
+    count: int = 10
+    """How many."""
+
+
+def embed_command(argv: list[str]) -> int:
+    """Run `ssl-flow loc2vec embed`; 2 for bad input, told on stderr."""
+    command = tyro.cli(Embed, args=argv, prog="ssl-flow loc2vec embed")
+    return _told("embed", lambda: _embed(command))
+
+
+def neighbours_command(argv: list[str]) -> int:
+    """Run `ssl-flow loc2vec neighbours`; 2 for bad input, told on stderr."""
+    command = tyro.cli(Neighbours, args=argv, prog="ssl-flow loc2vec neighbours")
+    return _told("neighbours", lambda: _neighbours(command))
+
+
+def _told(name: str, work: Callable[[], None]) -> int:
+    try:
+        work()
+    except (ValueError, OSError, ImportError, WeightsError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _embed(command: Embed) -> None:
+    if command.out.suffix not in _KINDS:
+        raise ValueError(f"--out {command.out}: expected a name in {', '.join(_KINDS)}")
+    if command.out.suffix == ".parquet":
+        _pyarrow()
+    places, tile_map = read_places(command.lonlat), open_map_spec(command.map)
+    xy = tile_map.locate(places)
+    encoder = load_judged(command.encoder, 0, tile_map).to(pick_device(command.device))
+    tile = getattr(encoder, "tile", {}) or {"side": command.pixels, "metres": command.metres}
+    if not tile["metres"] > 0:
+        raise ValueError(f"{command.encoder} does not say how large its tiles are: give --metres")
+    digests = [judged_digest(command.encoder, 0), hashlib.sha256(places.tobytes()).hexdigest()]
+    about = json.dumps([*digests, str(tile_map.path.resolve()), tile_map.channels, tile])
+    parts = command.out.with_name(command.out.name + ".parts")
+    if parts.exists() and (parts / "about.json").read_text() != about:
+        shutil.rmtree(parts)  # of another encoder, map or list
+    parts.mkdir(parents=True, exist_ok=True)
+    write_atomically(parts / "about.json", about.encode())
+    starts = range(0, len(xy), _PART)
+    for start in tqdm(starts, desc="places", unit_scale=_PART, disable=not sys.stderr.isatty()):
+        file = parts / f"{start:012d}.npy"
+        if not file.exists():
+            cuts = [tile_map.cut(x, y, **tile) for x, y in xy[start : start + _PART].tolist()]
+            data = io.BytesIO()
+            np.save(data, embed_tiles(encoder, np.stack(cuts), command.batch))
+            write_atomically(file, data.getvalue())
+    vectors = np.concatenate([np.load(parts / f"{start:012d}.npy") for start in starts])
+    write_vectors(command.out, places, vectors)
+    shutil.rmtree(parts)
+    print(f"{command.out}: {vectors.shape[0]} places, {vectors.shape[1]} numbers each")
+
+
+def read_places(path: Path) -> np.ndarray:
+    """(N, 2) longitudes and latitudes of a CSV file; ValueError names the line that is none."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        lines = [line for line in csv.reader(file) if line]
+    columns, first = [0, 1], 0
+    heads = [head.strip().lower() for head in lines[0]] if lines else []
+    if heads and not _is_number(heads[0]):
+        names = (("lon", "longitude", "lng"), ("lat", "latitude"))
+        found = [next((heads.index(n) for n in known if n in heads), -1) for known in names]
+        if -1 in found:
+            raise ValueError(f"{path} has the columns {', '.join(heads)}; expected lon and lat")
+        columns, first = found, 1
+    places = []
+    for number, line in enumerate(lines[first:], start=first + 1):
+        try:
+            places.append([float(line[column]) for column in columns])
+        except (ValueError, IndexError) as error:
+            raise ValueError(f"{path} line {number} is {line}; expected two numbers") from error
+    if not places or not np.isfinite(places).all():
+        raise ValueError(f"{path} holds no places, or some that are not finite")
+    return np.array(places)
+
+
+def write_vectors(path: Path, places: np.ndarray, vectors: np.ndarray) -> None:
+    """Places (N, 2) and their vectors (N, D) as .npy (vectors alone), .csv or .parquet."""
+    buffer = io.BytesIO()
+    table = {"lon": places[:, 0], "lat": places[:, 1]}
+    table |= {f"e{i}": column for i, column in enumerate(vectors.T)}
+    if path.suffix == ".npy":
+        np.save(buffer, vectors)
+    elif path.suffix == ".csv":
+        head = ",".join(table)
+        np.savetxt(buffer, np.column_stack(list(table.values())), "%.9g", ",", header=head,
+                   comments="")  # fmt: skip
+    else:
+        pyarrow, parquet = _pyarrow()
+        parquet.write_table(pyarrow.table(table), buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def read_vectors(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Places (N, 2), NaN where the file has none, and vectors (N, D), as `write_vectors` wrote."""
+    if path.suffix == ".npy":
+        vectors = np.load(path)
+        return np.full((len(vectors), 2), np.nan), vectors
+    if path.suffix == ".parquet":
+        columns = _pyarrow()[1].read_table(path).to_pydict()
+        table = np.array(list(columns.values())).T
+    elif path.suffix == ".csv":
+        table = np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2)
+    else:
+        raise ValueError(f"{path}: expected a name in {', '.join(_KINDS)}")
+    return table[:, :2], table[:, 2:]
+
+
+def _neighbours(command: Neighbours) -> None:
+    from sklearn.neighbors import NearestNeighbors
+
+    from ssl_flow.data.georeference import great_circle
+
+    places, vectors = read_vectors(command.vectors)
+    if (command.row is None) == (command.lonlat is None):
+        raise ValueError("give either --row or --lonlat")
+    if command.lonlat is not None:
+        if np.isnan(places).all():
+            raise ValueError(f"{command.vectors} holds no places: give --row")
+        command.row = int(great_circle(np.array(command.lonlat), places).argmin())
+    row = command.row or 0
+    if not 0 <= row < len(vectors):
+        raise ValueError(f"--row is {row}; {command.vectors} has {len(vectors)}, from 0 on")
+    count = min(command.count + 1, len(vectors))
+    distances, rows = NearestNeighbors(n_neighbors=count).fit(vectors).kneighbors(vectors[[row]])
+    print("row,lon,lat,distance")
+    for index, distance in zip(rows[0].tolist(), distances[0].tolist(), strict=True):
+        print(f"{index},{places[index, 0]:.7g},{places[index, 1]:.7g},{distance:.6g}")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _pyarrow():  # type: ignore[no-untyped-def]  # noqa: ANN202 (two modules without types)
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ImportError(
+            "a .parquet file needs pyarrow: pip install ssl-flow[parquet], or take .csv or .npy"
+        ) from error
+    return pyarrow, parquet
