@@ -22,6 +22,8 @@ _COLOURS = {
     "bare": (205, 195, 180), "amenity": (245, 225, 175),
 }  # fmt: skip
 _PAPER = 248
+CELLS = 3000
+"""Places of the map that is coloured."""
 
 
 def tile_rgb(tiles: np.ndarray, tile_map: TileMap) -> np.ndarray:
@@ -133,14 +135,14 @@ def _sums(
 
 
 def map_picture(
-    encoder: nn.Module, tile_map: TileMap, protocol: Loc2Vec, points: np.ndarray, cells: int = 6000
+    encoder: nn.Module, tile_map: TileMap, protocol: Loc2Vec, points: np.ndarray
 ) -> np.ndarray:
     """The map beside the map coloured by the first three principal components of `points`.
 
-    A cell a place of a grid of about `cells`; grey: outside or empty.
+    A cell a place of a grid of about `CELLS`; grey: outside or empty.
     """
     width, height = tile_map.size
-    step = (width * height / cells) ** 0.5
+    step = (width * height / CELLS) ** 0.5
     xy = np.stack(np.meshgrid(*(np.arange(step / 2, n - 0.5, step) for n in (width, height))), -1)
     kept, tiles = np.zeros(xy.shape[:2], bool), []
     for row, column in np.argwhere(tile_map.is_inside(xy.reshape(-1, 2)).reshape(kept.shape)):
@@ -210,7 +212,7 @@ def filters(encoder: TileEncoder, tiles: np.ndarray, tile_map: TileMap) -> np.nd
     sign = torch.tensor([1.0, -1.0], device=device).repeat_interleave(dimensions)
     unit = torch.arange(dimensions, device=device).repeat(2)
     optimizer = torch.optim.Adam([logits], lr=0.1)
-    for step in range(100):
+    for step in range(60):
         shift = (3 * step % 7 - 3, 5 * step % 7 - 3)
         values = _pixels(logits, side).roll(shift, (2, 3))
         answer = encoder(encoder.normalize(255 * values.permute(0, 2, 3, 1)))
