@@ -136,6 +136,7 @@ def run_loc2vec(
     Raises:
         ValueError: the encoder was trained on other tiles, or too few can be judged.
     """
+    from scipy.spatial.distance import cdist
     from scipy.stats import spearmanr
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import silhouette_samples
@@ -161,8 +162,7 @@ def run_loc2vec(
                 linear.fit(known, train.labels[label]).predict(found) == truth
             )
     apart = great_circle(test.places[:, None], test.places[None]) / protocol.metres
-    points = torch.from_numpy(found).double()
-    between = torch.cdist(points, points).numpy()
+    between = cdist(found, found)
     nearer = np.linalg.norm(found - seen_anew, axis=1)[:, None] < between
     for low, high in _BANDS:
         band = (apart >= low) & (apart < high)

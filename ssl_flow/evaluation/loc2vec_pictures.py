@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ssl_flow.data.georeference import great_circle
 from ssl_flow.data.tiles import TileMap
 from ssl_flow.evaluation.loc2vec import Judged, Loc2Vec, embed_tiles
 from ssl_flow.models import TileEncoder
@@ -57,10 +58,15 @@ def neighbour_sheet(shown: np.ndarray, grid: np.ndarray, side: int = 96) -> np.n
     return np.vstack(rows)
 
 
+def distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """(N, D) and (M, D) -> (N, M) Euclidean distances, float64."""
+    one, other = (torch.from_numpy(np.asarray(x, np.float64)) for x in (first, second))
+    return torch.cdist(one, other, compute_mode="donot_use_mm_for_euclid_dist").numpy()
+
+
 def nearest(points: np.ndarray, queries: np.ndarray, count: int) -> np.ndarray:
     """(Q, count) indices of the nearest of (N, D) points to (Q, D) queries, nearest first."""
-    distances = torch.cdist(torch.from_numpy(queries).double(), torch.from_numpy(points).double())
-    found: np.ndarray = distances.topk(min(count, len(points)), largest=False).indices.numpy()
+    found: np.ndarray = distances(queries, points).argsort(1)[:, :count]
     return found
 
 
@@ -72,11 +78,13 @@ def draw_pictures(
     shown = tile_rgb(judged.tiles, tile_map)
     rng = np.random.default_rng(0)
     queries = rng.choice(len(points), min(8, len(points)), replace=False)
+    apart = great_circle(judged.places[queries, None], judged.places[None]) / protocol.metres
+    others = np.where(apart < 2, np.inf, distances(points[queries], points)).argsort(1)[:, :8]
     pictures = [
         (
             "neighbours",
-            "left a tile, then those nearest to it",
-            neighbour_sheet(shown, nearest(points, points[queries], 9)),
+            "left a tile, then those nearest to it of other places (2 tiles away or more)",
+            neighbour_sheet(shown, np.column_stack([queries, others])),
         ),
         (
             "map",
