@@ -21,7 +21,6 @@ from ssl_flow.evaluation.loc2vec import (
     embed_tiles,
     judged_tiles,
     load_judged,
-    rank_of,
     run_loc2vec,
 )
 from ssl_flow.evaluation.loc2vec_command import read_places, read_vectors, write_vectors
@@ -192,13 +191,6 @@ def test_scores_of_encoders_that_know_all_or_nothing(place):
     assert truth.scores["knn_cover"] < 0.9  # patterns have the same histograms
     assert len(truth.items) == len(truth.values["knn_cover"]) == truth.details["test_tiles"]
     assert len({item.partition("/")[0] for item in truth.items}) > 2
-
-
-def test_effective_rank_is_that_of_training():
-    from ssl_flow.training.monitors import effective_rank
-
-    points = np.random.default_rng(0).normal(size=(200, 7)) * np.arange(1, 8)
-    assert rank_of(points) == pytest.approx(effective_rank(torch.from_numpy(points)))
 
 
 def test_the_command_judges_trained_random_and_floor(finished, place, tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ NO_LAND = ("unknown", "water", "ocean")
 _PATIENCE = 20_000  # draws before a map that gave fewer than 10 in as many is called empty
 
 
-@dataclass
+@dataclass(eq=False)
 class TileMap:
     """Aligned channels with a georeference, and what is known of each pixel."""
 

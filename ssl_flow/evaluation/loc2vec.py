@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from ssl_flow.data.georeference import great_circle
 from ssl_flow.data.sphere import around, tile_blocks
 from ssl_flow.data.tiles import NO_LAND, TileMap
+from ssl_flow.evaluation.metrics import effective_rank
 from ssl_flow.evaluation.outcome import Outcome
-from ssl_flow.evaluation.pixel_features import frozen, require_positive
+from ssl_flow.evaluation.pixel_features import estimate_batchnorm, frozen, require_positive
 from ssl_flow.models import create_tile_encoder, load_tile_encoder
 from ssl_flow.models.encoder import device_of
 from ssl_flow.models.folder import read_folder
@@ -177,7 +178,7 @@ def run_loc2vec(
     values = {name: value.astype(np.float64) for name, value in values.items()}
     pairs = np.triu_indices(len(found), 1)
     scores = {name: float(value.mean()) for name, value in values.items()}
-    scores["effective_rank"] = rank_of(found)
+    scores["effective_rank"] = effective_rank(torch.from_numpy(found))
     scores["spearman"] = float(spearmanr(between[pairs], apart[pairs]).statistic)
     blocks = tile_blocks(protocol.metres).cells(test.places).astype(int)
     first = next(iter(test.labels), None)
@@ -205,14 +206,6 @@ def run_loc2vec(
     )
 
 
-def rank_of(embedding: np.ndarray) -> float:
-    """Effective rank of (N, D): exp of the entropy of the centred singular values' shares."""
-    spectrum = np.linalg.svd(embedding - embedding.mean(0, dtype=np.float64), compute_uv=False)
-    share = spectrum / max(spectrum.sum(), 1e-12)
-    share = share[share > 0]
-    return float(np.exp(-(share * np.log(share)).sum()))
-
-
 def check_tile(encoder: nn.Module, protocol: Loc2Vec) -> None:
     """ValueError unless an encoder was trained on such tiles, or does not say on which."""
     tile: dict[str, Any] = getattr(encoder, "tile", {})
@@ -224,52 +217,22 @@ def check_tile(encoder: nn.Module, protocol: Loc2Vec) -> None:
         )
 
 
-@torch.no_grad()
-def estimate_untrained(encoder: nn.Module, tiles: np.ndarray, count: int = 1024) -> None:
+def estimate_untrained(encoder: Any, tiles: np.ndarray, count: int = 1024) -> None:  # noqa: ANN401
     """Set BatchNorm statistics of an encoder that has never been trained to those of tiles."""
-    norms = [m for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if any(norm.num_batches_tracked for norm in norms):
-        return
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = None  # the mean over the batches
-    encoder.train()
-    normalize = getattr(encoder, "normalize")  # noqa: B009
-    for part in torch.from_numpy(tiles[:count]).split(256):
-        encoder(normalize(part.to(device_of(encoder))))
-    encoder.eval()
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    counts = [b for name, b in encoder.named_buffers() if name.endswith("num_batches_tracked")]
+    if not any(counts):
+        parts = torch.from_numpy(tiles[:count]).split(256)
+        estimate_batchnorm(encoder, (encoder.normalize(x.to(device_of(encoder))) for x in parts))
 
 
+@lru_cache(maxsize=2)
 def judged_tiles(tile_map: TileMap, protocol: Loc2Vec) -> tuple[Judged, Judged, np.ndarray]:
     """Tiles of the train blocks, tiles to score, and these shifted and turned (N, S, S, C).
 
     Raises:
         ValueError: fewer than 20 can be learned from, or scored.
     """
-    key = (str(tile_map.path), *tile_map.channels)
-    return _judged_tiles(key, protocol, _Unhashed(tile_map))
-
-
-class _Unhashed:
-    """A map, equal to any other: the cache is by its path and channels."""
-
-    def __init__(self, tile_map: TileMap) -> None:
-        self.map = tile_map
-
-    def __hash__(self) -> int:
-        return 0
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Unhashed)
-
-
-@lru_cache(maxsize=2)
-def _judged_tiles(
-    key: tuple[str, ...], protocol: Loc2Vec, held: _Unhashed
-) -> tuple[Judged, Judged, np.ndarray]:
-    tile_map, blocks = held.map, tile_blocks(protocol.metres)
+    blocks = tile_blocks(protocol.metres)
     train = _draw(tile_map, protocol, blocks.train, protocol.train_tiles, 0)
     test = _draw(tile_map, protocol, blocks.judge, protocol.test_tiles, 1)
     rng, again = np.random.default_rng(2), []

@@ -75,3 +75,15 @@ def miou_of(sums: np.ndarray) -> np.ndarray:
     iou = iou_of(sums)
     with np.errstate(invalid="ignore"):
         return np.asarray(np.nansum(iou, -1) / (~np.isnan(iou)).sum(-1))
+
+
+def effective_rank(points: Tensor) -> float:
+    """exp of the entropy of the normalised singular values (Roy & Vetterli, EUSIPCO 2007).
+
+    `points`: (N, D) embeddings. Between 1 (collapsed to a line) and D.
+    """
+    points = points.detach().double()
+    points = points - points.mean(0)
+    spectrum = torch.linalg.eigvalsh(points.T @ points).clamp(min=0).sqrt()
+    share = spectrum / spectrum.sum().clamp(min=1e-12)
+    return float(torch.exp(-torch.xlogy(share, share).sum()))

@@ -58,6 +58,11 @@ class TileEncoder(nn.Module):
         embedding: Tensor = self.head(self.features(tiles))
         return F.normalize(embedding.float(), dim=1) if self.unit_length else embedding
 
+    def embed(self, tiles: Tensor) -> Tensor:
+        """The same; `Encoder` has it too."""
+        embedding: Tensor = self(tiles)
+        return embedding
+
     def normalize(self, tiles: Tensor) -> Tensor:
         """(B, H, W, C) uint8, as maps are cut -> (B, C, H, W) float32, as the backbone expects."""
         return self.normalization.apply(tiles)

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from ssl_flow.config import Config
 from ssl_flow.data.augment import Pair, Windows, augment, normalize_flow
 from ssl_flow.data.pairs import FlowPairs, collate
+from ssl_flow.evaluation.metrics import effective_rank
 from ssl_flow.evaluation.pictures import pca_rgb
 from ssl_flow.flow import FlowStore, extract, flow_to_rgb
 from ssl_flow.losses import CrossPixelFlowLoss, RidgeFlowLoss
 from ssl_flow.models import Encoder, create_encoder, save_encoder
 from ssl_flow.training.initial import initialize
-from ssl_flow.training.monitors import effective_rank, embedding_std
+from ssl_flow.training.monitors import embedding_std
 
 OBJECTIVES = ("cross_entropy", "kernel_alignment", "regression")
 

@@ -53,18 +53,6 @@ def _step_of(line: str) -> float:
         return float("inf")  # a torn last line of a killed run
 
 
-def effective_rank(points: Tensor) -> float:
-    """exp of the entropy of the normalised singular values (Roy & Vetterli, EUSIPCO 2007).
-
-    `points`: (N, D) embeddings. Between 1 (collapsed to a line) and D.
-    """
-    points = points.detach().double()
-    points = points - points.mean(0)
-    spectrum = torch.linalg.eigvalsh(points.T @ points).clamp(min=0).sqrt()
-    share = spectrum / spectrum.sum().clamp(min=1e-12)
-    return float(torch.exp(-torch.xlogy(share, share).sum()))
-
-
 @torch.no_grad()
 def embedding_std(points: Tensor) -> float:
     """How far embeddings (N, D) lie from their mean, root mean square.

@@ -15,10 +15,11 @@ from ssl_flow.data.open_map import open_map_spec
 from ssl_flow.data.sphere import far_apart, tile_blocks
 from ssl_flow.data.tile_pairs import TilePair, TilePairs
 from ssl_flow.evaluation.loc2vec_pictures import neighbour_sheet, tile_rgb
+from ssl_flow.evaluation.metrics import effective_rank
 from ssl_flow.losses import InfoNCELoss, SoftmaxRatioLoss, SoftPNLoss, TripletMarginLoss
 from ssl_flow.losses.mining import batch_hard, semi_hard
 from ssl_flow.models import TileEncoder, create_tile_encoder, save_tile_encoder
-from ssl_flow.training.monitors import effective_rank, embedding_std
+from ssl_flow.training.monitors import embedding_std
 
 OBJECTIVES = ("triplet_margin", "softmax_ratio", "soft_pn", "info_nce")
 PLACES = 10_000

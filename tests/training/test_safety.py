@@ -11,12 +11,13 @@ from safetensors.torch import load_file, save_file
 from tiny import lines, tiny
 
 from ssl_flow.config import Config, EvaluationConfig
+from ssl_flow.evaluation.metrics import effective_rank
 from ssl_flow.models import create_encoder, load_encoder, save_encoder
 from ssl_flow.models.encoder import Normalization
 from ssl_flow.training import flow_task, initial, loop, pretrain, score, train_command
 from ssl_flow.training.flow_task import FlowTask
 from ssl_flow.training.initial import initialize
-from ssl_flow.training.monitors import effective_rank, embedding_std
+from ssl_flow.training.monitors import embedding_std
 from ssl_flow.training.safety import (
     CollapseError,
     Interrupted,
