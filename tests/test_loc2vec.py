@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -12,9 +14,10 @@ import torch
 from torch import nn
 
 from ssl_flow.cli import main
+from ssl_flow.config import load_config
 from ssl_flow.data.open_map import open_map, open_map_spec
 from ssl_flow.data.sphere import tile_blocks
-from ssl_flow.evaluation import loc2vec_command, loc2vec_pictures
+from ssl_flow.evaluation import loc2vec_command, loc2vec_pictures, suite_command
 from ssl_flow.evaluation.loc2vec import (
     Histograms,
     Loc2Vec,
@@ -27,6 +30,7 @@ from ssl_flow.evaluation.loc2vec_command import read_places, read_vectors, write
 from ssl_flow.evaluation.loc2vec_pictures import draw_pictures, nearest, tile_rgb, walks
 from ssl_flow.models import load_tile_encoder
 from ssl_flow.training import train_command
+from ssl_flow.training.score import score_run
 from ssl_flow.training.tile_task import TileObjective, TileTask
 
 METRES, SIDE = 9000.0, 32
@@ -226,6 +230,20 @@ def test_an_encoder_is_judged_on_another_map(finished, tmp_path, capsys):
     assert "--metres 9000 --pixels 32" in capsys.readouterr().err
     both = [*words, "--data", f"map:{other}", "synthetic", "--out", str(tmp_path / "o"), *JUDGE]
     assert main(both) == 2
+
+
+def test_a_run_is_judged_at_its_end(finished, place, tmp_path, monkeypatch):
+    real = suite_command.eval_command
+    out = ["--train-tiles", "150", "--test-tiles", "60", "--device", "cpu"]
+    monkeypatch.setattr(suite_command, "eval_command", lambda words: real([*words, *out]))
+    monkeypatch.setattr(loc2vec_pictures, "CELLS", 100)
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    config = load_config(str(run / "config.yaml"))
+    config = replace(config, evaluation=replace(config.evaluation, data=f"map:{place}"))
+    score_run(config, torch.device("cpu"))(load_tile_encoder(run), run)
+    (table,) = json.loads((run / "results.json").read_text())["loc2vec"]
+    assert [row["encoder"] for row in table["rows"]] == ["trained", "random:tile_cnn", "histograms"]
 
 
 def test_some_layers_of_a_map(place):

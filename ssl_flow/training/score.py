@@ -125,10 +125,11 @@ def _score_map(config: Config, encoder: TileEncoder, run: Path) -> None:
     if config.evaluation.data != "none":
         from ssl_flow.evaluation.suite_command import eval_command
 
-        data = config.data
-        eval_command(["loc2vec", "--encoders", f"trained={run}", f"random:{config.model.backbone}",
-                      "histograms", "--data", config.evaluation.data, "--metres", str(data.metres),
-                      "--pixels", str(data.crop), "--out", str(run / "loc2vec")])  # fmt: skip
-        results["loc2vec"] = json.loads((run / "loc2vec" / "results.json").read_text())["tables"]
+        words = ["loc2vec", "--encoders", f"trained={run}", f"random:{config.model.backbone}"]
+        words += ["histograms", "--data", config.evaluation.data, "--out", str(run / "loc2vec")]
+        words += ["--metres", str(config.data.metres), "--pixels", str(config.data.crop)]
+        if eval_command(words) == 0:
+            found = json.loads((run / "loc2vec" / "results.json").read_text())
+            results["loc2vec"] = found["tables"]
     write_atomically(run / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     write_report(run)
