@@ -179,7 +179,8 @@ def run_loc2vec(
     pairs = np.triu_indices(len(found), 1)
     scores = {name: float(value.mean()) for name, value in values.items()}
     scores["effective_rank"] = effective_rank(torch.from_numpy(found))
-    scores["spearman"] = float(spearmanr(between[pairs], apart[pairs]).statistic)
+    if np.ptp(between[pairs]) > 0:
+        scores["spearman"] = float(spearmanr(between[pairs], apart[pairs]).statistic)
     blocks = tile_blocks(protocol.metres).cells(test.places).astype(int)
     first = next(iter(test.labels), None)
     per_class: dict[str, float | None] = {}
