@@ -25,12 +25,7 @@ from triton.compiler import ASTSource
 from ssl_flow.losses import triton_kernels
 from ssl_flow.losses.triton_pairwise import OPTIONS, WIDTHS, tile
 
-KERNELS = {
-    "sums": ("sums_kernel", {"ENTROPY": False}),
-    "entropy": ("sums_kernel", {"ENTROPY": True}),
-    "gradient": ("gradient_kernel", {}),
-    "products": ("products_kernel", {}),
-}
+KERNELS = ("sums", "gradient", "products")
 _TYPES = {"hi": "*fp16", "lo": "*fp16", "n": "i32"} | dict.fromkeys(
     ["rate", "amplitude", "drop_e", "drop_f"], "fp32"
 )
@@ -45,9 +40,9 @@ def compile_kernel(
     Addresses count as multiples of 16 bytes, which PyTorch's are; ``aligned`` says whether
     the number of pixels is a multiple of 16, too.
     """
-    kernel, constants = getattr(triton_kernels, KERNELS[name][0]), KERNELS[name][1]
+    kernel = getattr(triton_kernels, f"{name}_kernel")
     side, stages = tile(width, divmod(capability, 10))
-    constants = {**constants, "SIDE": side, "WIDTH": width, "STAGES": stages}
+    constants = {"SIDE": side, "WIDTH": width, "STAGES": stages}
     places = {argument: i for i, argument in enumerate(kernel.arg_names)}
     signature = {a: "constexpr" if a in constants else _TYPES.get(a, "*fp32") for a in places}
     sixteens = [a for a, t in signature.items() if t[0] == "*" or (aligned and t == "i32")]
@@ -128,7 +123,6 @@ def main() -> None:
         for aligned in (True, False)
         for name in KERNELS
         for width in arguments.widths
-        if name != "entropy" or width == 16  # it has no embedding: always the least width
     ]
     if arguments.json:
         print(json.dumps(rows))

@@ -33,9 +33,8 @@ def _assert_equals_reference(loss, device="cpu", pixels=81):
 def test_options_are_the_defaults_of_the_loss():
     loss = CrossPixelFlowLoss()
     methods = pairwise_methods
-    assert loss.embedding_scale == methods.SCALE and loss.flow_sigma == methods.SIGMA
-    assert loss.embedding_temperature == methods.TAU_E and loss.flow_temperature == methods.TAU_F
-    assert loss.self_pairs == "exclude"
+    assert loss.embedding_scale == methods.SCALE
+    assert loss.options == (methods.TAU_E, methods.SIGMA, methods.TAU_F, True)
 
 
 @pytest.mark.parametrize("name", ["chunked", "dense"])

@@ -48,14 +48,10 @@ def _loop(objective, e, f, w, self_pairs="exclude"):
 
 
 def _call(objective, e, f, w, self_pairs="exclude", s=S):
-    options = {"flow_sigma": SIGMA}
-    if objective in ("cross_entropy", "target_entropy"):
-        options |= {"flow_temperature": TAU_F, "self_pairs": self_pairs}
+    options = reference.Options(TAU_E, SIGMA, TAU_F, self_pairs == "exclude")
     if objective == "target_entropy":
-        return reference.target_entropy(f, w, **options)
-    if objective == "cross_entropy":
-        options["embedding_temperature"] = TAU_E
-    return getattr(reference, objective)(e, s, f, w, **options)
+        return reference.target_entropy(f, w, options)
+    return getattr(reference, objective)(e, s, f, w, options)
 
 
 def _inputs(b=3, n=7, d=4):
