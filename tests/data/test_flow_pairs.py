@@ -31,7 +31,7 @@ def test_a_written_pair_is_read(written):
     np.testing.assert_array_equal([pair.first, pair.second], frames)
     np.testing.assert_array_equal(pair.flow, flow * known[..., None])
     np.testing.assert_array_equal(pair.known, known)
-    with pytest.raises(IndexError, match="has 1 pairs"):
+    with pytest.raises(IndexError, match="has 1 items"):
         pairs[1]
 
 
