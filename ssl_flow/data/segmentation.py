@@ -10,7 +10,6 @@ field's benchmarks are read in their official layouts.
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -161,7 +160,8 @@ def _voc(root: Path, split: Split) -> SegmentationSet:
     names = [Path(line).name for line in read_lines(lists / listing, layout)]
     files = [Files(n, root / f"JPEGImages/{n}.jpg", root / masks / f"{n}.png") for n in names]
     rule = f"ImageSets/Segmentation/{listing} with the masks of {masks}/"
-    return set_of_files("voc", VOC, _indices(VOC), files, layout, {"rule": rule})
+    table = class_table({IGNORE: IGNORE} | {i: i for i in range(len(VOC))})
+    return set_of_files("voc", VOC, table, files, layout, {"rule": rule})
 
 
 def _cityscapes(root: Path, split: Split) -> SegmentationSet:
@@ -170,18 +170,17 @@ def _cityscapes(root: Path, split: Split) -> SegmentationSet:
     images, masks = root / "leftImg8bit" / official, root / "gtFine" / official
     layout = (
         "cityscapes: leftImg8bit/{train,val}/CITY/NAME_leftImg8bit.png, "
-        "gtFine/{train,val}/CITY/NAME_gtFine_{labelTrainIds or labelIds}.png"
+        "gtFine/{train,val}/CITY/NAME_gtFine_labelIds.png"
     )
     require(layout, images, masks)
-    kind, table = "labelTrainIds", _indices(CITYSCAPES)
-    if not any(masks.glob("*/*_gtFine_labelTrainIds.png")):  # 34 labels, of which 19 are scored
-        scored = {label: i for i, label in enumerate(CITYSCAPES.values())}
-        kind, table = "labelIds", class_table(dict.fromkeys(range(34), IGNORE) | scored)
     files = []
     for image in sorted(images.glob("*/*_leftImg8bit.png")):
         name = f"{image.parent.name}/{image.name.removesuffix('_leftImg8bit.png')}"
-        files.append(Files(name, image, masks / f"{name}_gtFine_{kind}.png"))
-    rule = f"leftImg8bit/{official} with gtFine/{official} ({kind})"
+        files.append(Files(name, image, masks / f"{name}_gtFine_labelIds.png"))
+    # 34 labels, of which the benchmark scores 19.
+    scored = {label: i for i, label in enumerate(CITYSCAPES.values())}
+    table = class_table(dict.fromkeys(range(34), IGNORE) | scored)
+    rule = f"leftImg8bit/{official} with gtFine/{official} (labelIds)"
     return set_of_files("cityscapes", list(CITYSCAPES), table, files, layout, {"rule": rule})
 
 
@@ -205,17 +204,10 @@ def _cocostuff(root: Path, split: Split) -> SegmentationSet:
     """
     official = {"train": "train2017", "test": "val2017"}[split]
     layout = (
-        "cocostuff: {images/ or here}/{train,val}2017/NAME.jpg, {annotations, stuffthingmaps, "
-        "stuffthingmaps_trainval2017}/{train,val}2017/NAME.png (the pixel maps, 0-181 and 255)"
+        "cocostuff: images/{train,val}2017/NAME.jpg, annotations/{train,val}2017/NAME.png "
+        "(the pixel maps, 0-181 and 255)"
     )
-    images, masks = (
-        next((root / f / official for f in folders if (root / f / official).is_dir()),
-             root / folders[0] / official)
-        for folders in (
-            ("images", ""),
-            ("annotations", "stuffthingmaps", "stuffthingmaps_trainval2017"),
-        )
-    )  # fmt: skip
+    images, masks = root / "images" / official, root / "annotations" / official
     files, rule = paired(images, masks, layout), f"{official}, all images"
     curated = f"curated/{official}/Coco164kFull_Stuff_Coarse_7.txt"
     if (root / curated).exists():
@@ -225,8 +217,3 @@ def _cocostuff(root: Path, split: Split) -> SegmentationSet:
     coarse = {value: i for i, values in enumerate(COCOSTUFF.values()) for value in values}
     table, rule = class_table({IGNORE: IGNORE} | coarse), f"{rule}; 27 coarse classes"
     return set_of_files("cocostuff", list(COCOSTUFF), table, files, layout, {"rule": rule})
-
-
-def _indices(classes: Mapping[str, int] | list[str]) -> np.ndarray:
-    """The table of masks that hold the indices of `classes`, 255 = ignore."""
-    return class_table({IGNORE: IGNORE} | {i: i for i in range(len(classes))})
