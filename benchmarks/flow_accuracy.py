@@ -12,9 +12,7 @@ another device than "cpu" the methods that run there are measured in batches of 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from machine import describe, footer
 
 from ssl_flow.data.flow_pairs import FlowPair, read_flow_pair
 from ssl_flow.flow import optical_flows
@@ -160,12 +159,11 @@ def main() -> None:
     results: dict[str, Any] = {}
     if data is not None:
         results |= accuracy(parser, data, device, rows)
-    if device == "cpu":
-        print("\nCommand: `python benchmarks/flow_accuracy.py DATA/flow`  ")
-    else:
+    command = ["DATA/flow"]
+    if device != "cpu":
         results["batches"] = batches(device, rows)
-        print(f"\nCommand: `python benchmarks/flow_accuracy.py --device {device}`  ")
-    print_machine(device)
+        command = ["--device", device]
+    print("\n" + footer(describe("flow_accuracy.py", command, device)))
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 
@@ -227,26 +225,6 @@ def batches(device: str, rows: list[str]) -> dict[str, Any]:
         speed, best, error = found.values()
         print(f"| {row} | {speed:.0f} | {best:.0f} | {error:.3f} |", flush=True)
     return results
-
-
-def print_machine(device: str) -> None:
-    """Print date, processor and versions."""
-    import torch
-
-    print(f"Date: {datetime.date.today()}  ")
-    print(f"CPU: {cpu_model()}  ")
-    if device != "cpu":
-        print(f"Device: {torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}  ")
-    versions = f"OpenCV {cv2.__version__}, NumPy {np.__version__}, torch {torch.__version__}"
-    print(f"Versions: Python {platform.python_version()}, {versions}")
-
-
-def cpu_model() -> str:
-    """Return the processor's name, as Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -12,14 +12,10 @@ all. On a GPU a process measures one method at all sizes. Ctrl-C reports what ha
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import re
-import shlex
 import statistics
 import subprocess
 import sys
@@ -27,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import describe, footer
 from pairwise_methods import METHODS, Job
 
 from ssl_flow.losses.cross_pixel import OBJECTIVES
@@ -108,10 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     base = args.out / "_".join(parts)
     content = {
-        "command": shlex.join(["python", "benchmarks/pairwise.py", *argv]),
-        "date": str(datetime.date.today()),
-        "machine": machine(args),
-        "versions": versions(),
+        **describe("pairwise.py", argv, args.device, args.threads),
         "rows": results.rows(),
         "unavailable": results.unavailable,
         "goals": goals(args, results),
@@ -315,10 +309,7 @@ def table(args: argparse.Namespace, content: dict[str, Any]) -> str:
         lines += ["", "| of this GPU, in the same run | |", "|---|---|"]
         lines += [f"| {key.replace('_', ' ')} | {format_number(v)} |" for key, v in gpu.items()]
     lines += ["", *(f"- `{name}`: {text}" for name, text in METHODS.items()), ""]
-    lines += [f"{key}: {value}  " for key, value in content["machine"].items()]
-    versions = ", ".join(f"{key} {value}" for key, value in content["versions"].items())
-    lines += [f"Versions: {versions}  ", f"Date: {content['date']}  "]
-    return "\n".join([*lines, f"Command: `{content['command']}`", ""])
+    return "\n".join([*lines, footer(content)])
 
 
 def milliseconds(seconds: float) -> str:
@@ -347,33 +338,11 @@ def plot(content: dict[str, Any], path: Path) -> None:
         if rows:
             axes.loglog(x, y, "o-", label=method)
     axes.set(xlabel="pixels N of an image", ylabel="forward + backward, ms an image")
-    axes.set_title("; ".join(content["machine"].values()), fontsize="small")
+    axes.set_title(content["machine"], fontsize="small")
     axes.grid(which="both", alpha=0.3)
     if axes.lines:
         axes.legend()
     figure.savefig(path, dpi=120)
-
-
-def machine(args: argparse.Namespace) -> dict[str, str]:
-    """The names of what has been measured on."""
-    if args.device == "cuda":
-        return {"GPU": torch.cuda.get_device_name()}
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return {"CPU": f"{name}, {args.threads} thread(s)"}
-
-
-def versions() -> dict[str, str]:
-    """Of Python and the packages that compute."""
-    found = {"Python": platform.python_version()}
-    for package in ("torch", "triton", "pykeops"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "missing"
-    return found
 
 
 if __name__ == "__main__":

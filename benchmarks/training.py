@@ -13,9 +13,6 @@ training_profile_DEVICE.png into benchmarks/results.
 from __future__ import annotations
 
 import argparse
-import datetime
-import platform
-import shlex
 import statistics
 import sys
 import tempfile
@@ -27,7 +24,7 @@ from pathlib import Path
 import cv2
 import timm
 import torch
-from flow_accuracy import cpu_model
+from machine import describe, footer
 from torch.utils.data import DataLoader
 
 from ssl_flow.config import Config, DataConfig, TrainConfig, load_config
@@ -248,24 +245,20 @@ def measure(options: argparse.Namespace) -> str:
     )
     for name, share in shares.items():
         lines.append(f"| {name} | {1e3 * bench.times[name] / count:.1f} | {share:.3f} |")
-    cuda = bench.device.type == "cuda"
+    about = describe("training.py", sys.argv[1:], bench.device.type)
     title = (
         f"{options.backbone}, {options.batch} crops of {options.crop} px, "
-        f"{torch.cuda.get_device_name() if cuda else cpu_model()}, "
-        f"{'bfloat16 autocast' if options.amp else 'float32'}, {options.workers} workers, "
-        f"{torch.get_num_threads()} threads"
+        f"{about['machine']}, {'bfloat16 autocast' if options.amp else 'float32'}, "
+        f"{options.workers} workers"
     )
     options.out.mkdir(parents=True, exist_ok=True)
     picture(shares, title, options.out / f"training_profile_{bench.device.type}.png")
-    command = shlex.join(["python", "benchmarks/training.py", *sys.argv[1:]])
     return "\n".join(
         [
             f"{title}; medians of {options.rounds} rounds of {options.batches} batches, "
             f"{'processor' if options.processor_time else 'wall'} time.\n",
             *lines,
-            f"\nCommand: `{command}`  \nDate: {datetime.date.today()}  \n"
-            f"Python {platform.python_version()}, torch {torch.__version__}, timm "
-            f"{timm.__version__}, OpenCV {cv2.__version__}\n",
+            f"\n{footer(about)}",
         ]
     )
 

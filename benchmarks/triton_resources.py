@@ -12,10 +12,13 @@ exponentials bound it.
 import argparse
 import collections
 import datetime
+import itertools
 import json
+import os
 import re
 import subprocess
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import triton
@@ -32,9 +35,7 @@ _TYPES = {"hi": "*fp16", "lo": "*fp16", "n": "i32"} | dict.fromkeys(
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
-def compile_kernel(
-    name: str, width: int, capability: int, aligned: bool = True
-) -> tuple[bytes, int]:
+def compile_kernel(name: str, width: int, capability: int, aligned: bool) -> tuple[bytes, int]:
     """The binary of a kernel at its tile's constants, and its bytes of shared memory.
 
     Addresses count as multiples of 16 bytes, which PyTorch's are; ``aligned`` says whether
@@ -58,7 +59,7 @@ def compile_kernel(
 
 
 def resources(
-    name: str, width: int, capability: int, aligned: bool = True
+    capability: int, aligned: bool, name: str, width: int
 ) -> dict[str, int | float | str | bool]:
     """Registers a thread, bytes spilled, shared memory, and instructions a pair of the loop."""
     binary, shared = compile_kernel(name, width, capability, aligned)
@@ -117,13 +118,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON alone, write nothing")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
-    rows = [
-        resources(name, width, capability, aligned)
-        for capability in arguments.capabilities
-        for aligned in (True, False)
-        for name in KERNELS
-        for width in arguments.widths
-    ]
+    capabilities, alignments = arguments.capabilities, (True, False)
+    jobs = itertools.product(capabilities, alignments, KERNELS, arguments.widths)
+    with ProcessPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        rows = list(pool.map(resources, *zip(*jobs, strict=True)))
     if arguments.json:
         print(json.dumps(rows))
         return
