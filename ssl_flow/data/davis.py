@@ -19,7 +19,6 @@ import numpy as np
 from ssl_flow.data.labelled import (
     IGNORE,
     Files,
-    Labelled,
     SegmentationSet,
     Split,
     class_table,
@@ -44,15 +43,6 @@ class Video(SegmentationSet):
     """A sequence with a mask on every frame: 0 = background, 1..objects."""
 
     objects: int = 0  # those of the first mask: what is to be followed
-    shape: tuple[int, int] = (0, 0)  # (H, W) of every frame
-
-    def __getitem__(self, index: int) -> Labelled:
-        """Frame `index`; ValueError on another size than the first one's."""
-        item = super().__getitem__(index)
-        if item.mask.shape != self.shape:
-            found = f"{item.mask.shape}, the first frame is {self.shape}"
-            raise ValueError(f"{self.files[index]} is {found}")
-        return item
 
 
 @dataclass(frozen=True)
@@ -121,7 +111,7 @@ def _video(name: str, files: list[Files], merged: bool) -> Video:
     table = np.zeros(256, np.int16)
     table[found] = range(1, len(found) + 1)
     frames = set_of_files(name, [], _FOREGROUND if merged else table, files, _LAYOUT, {})
-    return Video(**vars(frames), objects=len(found), shape=first.shape)
+    return Video(**vars(frames), objects=len(found))
 
 
 def _sequences(

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ssl_flow.losses.reference import Options, cosine, has_pairs, row_coefficients, unit_sum
+from ssl_flow.losses.reference import InnerProducts, Options, row_coefficients, unit_sum
 
 # (embedding (B, N, D), flow (B, N, 2), weight (B, N), sigma) -> K_f (w ê) (B, N, D), |K_f|^2 (B,)
 GaussianProducts = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
@@ -143,43 +143,16 @@ def _gaussian_products(
     return product.mT, (squared * row).sum((1, 2))
 
 
-def kernel_alignment(
+def inner_products(
     embedding: Tensor,
-    scale: float | Tensor,
     flow: Tensor,
     weight: Tensor,
     options: Options,
     products: GaussianProducts = _gaussian_products,
-) -> Tensor:
-    """One minus the cosine between the two kernel matrices, (B,). ``scale`` cancels."""
-    e_f, e_e, f_f, _ = _inner_products(embedding, flow, weight, options.flow_sigma, products)
-    return torch.where(has_pairs(weight), 1 - cosine(e_f, e_e, f_f), 0)
-
-
-def regression(
-    embedding: Tensor,
-    scale: float | Tensor,
-    flow: Tensor,
-    weight: Tensor,
-    options: Options,
-    products: GaussianProducts = _gaussian_products,
-) -> Tensor:
-    """Mean squared difference of the two kernels over pairs, (B,)."""
-    e_f, e_e, f_f, pairs = _inner_products(embedding, flow, weight, options.flow_sigma, products)
-    valid = has_pairs(weight)
-    total = scale**2 * e_e - 2 * scale * e_f + f_f
-    return torch.where(valid, total / torch.where(valid, pairs, 1), 0)
-
-
-def _inner_products(
-    embedding: Tensor, flow: Tensor, weight: Tensor, sigma: float, products: GaussianProducts
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """<K_e, K_f> / s, |K_e|^2 / s^2, |K_f|^2 and the sum of pair weights, each (B,).
-
-    Over pairs of different pixels, with weights of sum 1.
-    """
+) -> InnerProducts:
+    """The sums over pairs that alignment and regression are made of."""
     w = unit_sum(weight)
-    product, f_f = products(embedding.detach(), flow, w, sigma)
+    product, f_f = products(embedding.detach(), flow, w, options.flow_sigma)
     # The form x^T K x, ``product = K x`` a constant: its value once, its gradient in x twice.
     form = (w[..., None] * embedding * product).sum((1, 2))
     e_f = 2 * form - form.detach()
@@ -191,7 +164,7 @@ def _inner_products(
     gram = (w[:, None] * e) @ e.mT  # (B, D, D)
     e_e = gram.square().sum((1, 2)) - (w * e.square().sum(1)).square().sum(-1)
     pairs = w.sum(-1).square() - w.square().sum(-1)
-    return e_f, e_e.to(weight.dtype), f_f, pairs.to(weight.dtype)
+    return InnerProducts(e_f, e_e.to(weight.dtype), f_f, pairs.to(weight.dtype))
 
 
 class _Tile(NamedTuple):

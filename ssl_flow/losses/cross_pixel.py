@@ -166,9 +166,14 @@ class CrossPixelFlowLoss(torch.nn.Module):
         """
         with torch.autocast(embedding.device.type, enabled=False):
             e, f, w, poison = pixels(embedding, flow, weight)
-            function = getattr(self._backend(e), self.objective)
-            loss: Tensor = function(e, self.scale, f, w, self.options)
-            return loss * poison
+            backend = self._backend(e)
+            if self.objective == "cross_entropy":
+                loss: Tensor = backend.cross_entropy(e, self.scale, f, w, self.options)
+                return loss * poison
+            products = backend.inner_products(e, f, w, self.options)
+            if self.objective == "regression":
+                return reference.regression(products, w, self.scale) * poison
+            return reference.kernel_alignment(products, w) * poison
 
     @torch.no_grad()
     def target_entropy(self, flow: Tensor, weight: Tensor | None = None) -> Tensor:

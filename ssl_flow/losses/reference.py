@@ -28,9 +28,10 @@ the two row softmaxes S, less a constant; with the target's entropy in the same 
 the divergence is ``KL = L - H >= 0``. An image with fewer than two weighted pixels has no pairs and
 its loss is 0 (with a gradient of zeros).
 
-Every function here takes ``embedding`` (B, N, D) of unit length, ``scale`` (s, a float or a tensor
-of no dimensions), ``flow`` (B, N, 2) and ``weight`` (B, N), all finite and of one dtype, and
-returns (B,). They make N x N matrices and keep them for autograd.
+The functions take ``embedding`` (B, N, D) of unit length, ``scale`` (s, a float or a tensor of no
+dimensions), ``flow`` (B, N, 2) and ``weight`` (B, N), all finite and of one dtype, and return (B,).
+A back end has ``cross_entropy``, ``target_entropy`` and ``inner_products``; those here make N x N
+matrices and keep them for autograd.
 """
 
 from typing import NamedTuple
@@ -47,6 +48,15 @@ class Options(NamedTuple):
     flow_temperature: float
     exclude: bool
     """Self pairs are left out; else the identity is subtracted from both kernels."""
+
+
+class InnerProducts(NamedTuple):
+    """Sums over pairs of different pixels with weights of sum 1, K_e of scale 1; each (B,)."""
+
+    e_f: Tensor  # <K_e, K_f>
+    e_e: Tensor  # |K_e|^2
+    f_f: Tensor  # |K_f|^2
+    pairs: Tensor  # of the weights alone
 
 
 def cross_entropy(
@@ -66,25 +76,33 @@ def target_entropy(flow: Tensor, weight: Tensor, options: Options) -> Tensor:
     return _softmax_loss(target, target, m, weight)
 
 
-def kernel_alignment(
-    embedding: Tensor, scale: float | Tensor, flow: Tensor, weight: Tensor, options: Options
-) -> Tensor:
-    """One minus the cosine between the two kernel matrices, (B,). ``scale`` cancels."""
+def inner_products(
+    embedding: Tensor, flow: Tensor, weight: Tensor, options: Options
+) -> InnerProducts:
+    """The sums over pairs that alignment and regression are made of."""
     k_e, k_f, m = _kernels(embedding, 1.0, flow, options)
-    mww = m * _pair_weights(weight)
-    e_f, e_e, f_f = ((mww * a * b).sum((1, 2)) for a, b in ((k_e, k_f), (k_e, k_e), (k_f, k_f)))
-    return torch.where(has_pairs(weight), 1 - cosine(e_f, e_e, f_f), 0)
+    w = unit_sum(weight)
+    mww = m * w[:, :, None] * w[:, None, :]
+    return InnerProducts(*((mww * p).sum((1, 2)) for p in (k_e * k_f, k_e**2, k_f**2, 1)))
 
 
-def regression(
-    embedding: Tensor, scale: float | Tensor, flow: Tensor, weight: Tensor, options: Options
-) -> Tensor:
+def kernel_alignment(products: InnerProducts, weight: Tensor) -> Tensor:
+    """One minus the cosine between the two kernel matrices, (B,); the scale cancels.
+
+    A kernel whose root mean square is below 1e-6 counts as all zeros: rounding noise has no
+    direction worth learning, so the cosine is about 0 there instead of anything from -1 to 1.
+    """
+    e_f, e_e, f_f, _ = products
+    cosine = e_f / (e_e.clamp_min(1e-12) * f_f.clamp_min(1e-12)).sqrt()
+    return torch.where(has_pairs(weight), 1 - cosine, 0)
+
+
+def regression(products: InnerProducts, weight: Tensor, scale: float | Tensor) -> Tensor:
     """Mean squared difference of the two kernels over pairs, (B,)."""
+    e_f, e_e, f_f, pairs = products
     valid = has_pairs(weight)
-    k_e, k_f, m = _kernels(embedding, scale, flow, options)
-    mww = m * _pair_weights(weight)
-    pairs = torch.where(valid, mww.sum((1, 2)), 1)
-    return torch.where(valid, (mww * (k_e - k_f).square()).sum((1, 2)) / pairs, 0)
+    total = scale**2 * e_e - 2 * scale * e_f + f_f
+    return torch.where(valid, total / torch.where(valid, pairs, 1), 0)
 
 
 def has_pairs(weight: Tensor) -> Tensor:
@@ -98,25 +116,10 @@ def unit_sum(weight: Tensor) -> Tensor:
     return weight / torch.where(total == 0, 1, total)
 
 
-def cosine(e_f: Tensor, e_e: Tensor, f_f: Tensor) -> Tensor:
-    """<K_e, K_f> / (|K_e| |K_f|) from the three inner products.
-
-    A kernel whose root mean square is below 1e-6 counts as all zeros: rounding noise has no
-    direction worth learning, so the cosine is about 0 there instead of anything from -1 to 1.
-    """
-    return e_f / (e_e.clamp_min(1e-12) * f_f.clamp_min(1e-12)).sqrt()
-
-
 def row_coefficients(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Which images have pairs, (B, 1), and each row's part of its image's mean, (B, N)."""
     valid = has_pairs(weight)[:, None]
     return valid, torch.where(valid, unit_sum(weight), 0)
-
-
-def _pair_weights(weight: Tensor) -> Tensor:
-    """w_u w_v, (B, N, N), of weights divided by their sum: both users are free of its scale."""
-    weight = unit_sum(weight)
-    return weight[:, :, None] * weight[:, None, :]
 
 
 def _kernels(

@@ -179,8 +179,7 @@ def _(e: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return e.new_empty(e.shape), e.new_empty(e.shape[0])
 
 
-kernel_alignment = functools.partial(chunked.kernel_alignment, products=_gaussian_products)
-regression = functools.partial(chunked.regression, products=_gaussian_products)
+inner_products = functools.partial(chunked.inner_products, products=_gaussian_products)
 target_entropy = chunked.target_entropy
 
 

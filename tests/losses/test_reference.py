@@ -49,9 +49,14 @@ def _loop(objective, e, f, w, self_pairs="exclude"):
 
 def _call(objective, e, f, w, self_pairs="exclude", s=S):
     options = reference.Options(TAU_E, SIGMA, TAU_F, self_pairs == "exclude")
+    if objective == "cross_entropy":
+        return reference.cross_entropy(e, s, f, w, options)
     if objective == "target_entropy":
         return reference.target_entropy(f, w, options)
-    return getattr(reference, objective)(e, s, f, w, options)
+    products = reference.inner_products(e, f, w, options)
+    if objective == "regression":
+        return reference.regression(products, w, s)
+    return reference.kernel_alignment(products, w)
 
 
 def _inputs(b=3, n=7, d=4):

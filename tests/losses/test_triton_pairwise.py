@@ -299,5 +299,5 @@ def test_says_what_to_install(monkeypatch):
 
 
 def test_has_the_interface_of_the_other_back_ends():
-    for name in ("cross_entropy", "target_entropy", "kernel_alignment", "regression"):
+    for name in ("cross_entropy", "target_entropy", "inner_products"):
         assert callable(getattr(triton_pairwise, name)) and callable(getattr(chunked, name))
