@@ -26,9 +26,9 @@ from typing import Any
 
 import cv2
 import numpy as np
+from flow_accuracy import read_reduced
 from machine import describe, footer
 
-from ssl_flow.data.flow_pairs import read_flow_pair
 from ssl_flow.flow import OPTIONS, Frame, Source, extract, optical_flow, read_frames
 from ssl_flow.flow.estimators import grey, optical_flows
 from ssl_flow.flow.opencv import METHODS as OPENCV_METHODS
@@ -188,7 +188,7 @@ def endpoint_error(method: str, data: Path, device: str) -> float:
     """Return the mean endpoint error over the Middlebury pairs, reduced to shorter side 256."""
     errors = []
     for file in sorted(data.glob("flow/middlebury/*/flow10.png")):
-        pair = read_flow_pair(file.parent, SIZE)
+        pair = read_reduced(file.parent, SIZE)
         flow = optical_flows(pair.first[None], pair.second[None], method, device)[0]
         errors.append(np.linalg.norm(flow - pair.flow, axis=-1)[pair.known].mean())
     return float(np.mean(errors))

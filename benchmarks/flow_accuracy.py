@@ -51,6 +51,24 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 MOTIONS = (8, 16, 32)  # pixels, of the objects in the made pairs
 
 
+def read_reduced(folder: Path, short_side: int | None) -> FlowPair:
+    """Read a Middlebury pair, reduced to a shorter side of so many pixels where given."""
+    pair = read_flow_pair(folder)
+    if short_side is None:
+        return pair
+    height, width = pair.known.shape
+    scale = short_side / min(height, width)
+    size = (round(width * scale), round(height * scale))
+    first, second, flow, share = (
+        cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        for image in (pair.first, pair.second, pair.flow, pair.known.astype(np.float32))
+    )
+    # Shorter vectors in a smaller picture; the mean over the known pixels only.
+    factor = np.array([size[0] / width, size[1] / height], np.float32)
+    flow = flow * factor / np.maximum(share, 1e-3)[..., None]
+    return FlowPair(first, second, flow, share > 0.5, pair.name)
+
+
 def large_motion(davis: Path, motion: float, count: int = 8) -> list[FlowPair]:
     """Make pairs of 480 x 270 pixels: a DAVIS object moves by `motion`, what is behind by half.
 
@@ -183,7 +201,7 @@ def accuracy(
         "256: frames and true flow are first reduced to a shorter side of 256 pixels.\n"
     )
     sizes = {"native": None, "256": 256}
-    sets = {size: [read_flow_pair(f, short) for f in folders] for size, short in sizes.items()}
+    sets = {size: [read_reduced(f, short) for f in folders] for size, short in sizes.items()}
     results = {"middlebury": print_table(sets, ["zero flow", *rows], device)}
     davis = data.parent / "davis"
     if (davis / "masks").is_dir():

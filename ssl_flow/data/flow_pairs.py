@@ -55,31 +55,21 @@ def open_flow_pairs(spec: str) -> FlowPairs:
     return FlowPairs(kind, [], names, lambda i: read_flow_pair(folders[i]), protocol)
 
 
-def read_flow_pair(folder: Path, short_side: int | None = None) -> FlowPair:
-    """Read a Middlebury pair, reduced to a shorter side of `short_side` pixels where given.
+def read_flow_pair(folder: Path) -> FlowPair:
+    """Read a Middlebury pair.
 
     Raises:
         ValueError: a file cannot be read, or is not of the encoding or size expected.
     """
-    frames: list[np.ndarray] = [_read(folder / f"frame{i}.png", cv2.IMREAD_COLOR) for i in (10, 11)]
+    first, second = (_read(folder / f"frame{i}.png", cv2.IMREAD_COLOR) for i in (10, 11))
     code = _read(folder / "flow10.png", cv2.IMREAD_UNCHANGED)  # read as known, v, u
-    if code.dtype != np.uint16 or any(frame.shape != code.shape for frame in frames):
-        found = f"{code.dtype} {code.shape}, the frames {frames[0].shape} and {frames[1].shape}"
+    if code.dtype != np.uint16 or not first.shape == second.shape == code.shape:
+        found = f"{code.dtype} {code.shape}, the frames {first.shape} and {second.shape}"
         raise ValueError(f"{folder}: flow10.png is {found}; expected uint16 (H, W, 3) as they are")
-    mask: np.ndarray = (code[..., 0] > 0).astype(np.float32)
-    flow = (code[..., :0:-1].astype(np.float32) - 32768) / 64 * mask[..., None]
-    if short_side is not None:
-        height, width = mask.shape
-        scale = short_side / min(height, width)
-        size = (round(width * scale), round(height * scale))
-        frames = [cv2.resize(frame, size, interpolation=cv2.INTER_AREA) for frame in frames]
-        mask = cv2.resize(mask, size, interpolation=cv2.INTER_AREA)
-        flow = cv2.resize(flow, size, interpolation=cv2.INTER_AREA)
-        # Shorter vectors in a smaller picture; the mean over the known pixels only.
-        factor = np.array([size[0] / width, size[1] / height], np.float32)
-        flow = flow * factor / np.maximum(mask, 1e-3)[..., None]
-    first, second = (np.ascontiguousarray(frame[..., ::-1]) for frame in frames)
-    return FlowPair(first, second, flow, mask > 0.5, folder.name)
+    known = code[..., 0] > 0
+    flow = (code[..., :0:-1].astype(np.float32) - 32768) / 64 * known[..., None]
+    first, second = (np.ascontiguousarray(frame[..., ::-1]) for frame in (first, second))
+    return FlowPair(first, second, flow, known, folder.name)
 
 
 def _read(path: Path, mode: int) -> np.ndarray:
