@@ -213,39 +213,31 @@ def goals(args: argparse.Namespace, results: Results) -> list[dict[str, Any]]:
         a, b = (rows.get((method, *size), {}).get(key) for method in (above, below))
         return a / b if a and b else None
 
-    found = [
-        {
-            "goal": f"{own}: times as fast as {rival}, at {size[0]} x {size[1]}",
-            "found": ratio("seconds", rival, own),
-            "at least": bound,
-        }
+    at = f"at {size[0]} x {size[1]}"
+    rows_of_goals: list[tuple[str, float | None, str, float]] = [
+        (f"{own}: times as fast as {rival}, {at}", ratio("seconds", rival, own), "at least", bound)
         for rival, bound in rivals.items()
     ]
     if args.device == "cpu":
         extra = rows.get((own, 1, 12544), {}).get("bytes")
         text = f"{own}: extra MiB at 1 x 12544"
-        found.append({"goal": text, "found": extra and extra / 2**20, "at most": 64})
-        return found
-    seconds = rows.get((own, *size), {}).get("seconds")
-    floor = floor_seconds(results.gpu, *size, args.dim)
-    found += [
-        {
-            "goal": f"{own}: extra memory over that of dense, at {size[0]} x {size[1]}",
-            "found": ratio("bytes", own, "dense"),
-            "at most": 0.02,
-        },
-        {
-            "goal": f"{own}: the GPU's floor over the time, at {size[0]} x {size[1]}",
-            "found": floor / seconds if floor and seconds else None,
-            "at least": 0.5,
-        },
-        {
-            "goal": "share of the loss in a ResNet-50 step, 32 images of 224 x 224",
-            "found": results.gpu.get("share"),
-            "at most": 0.1,
-        },
-    ]
-    return found
+        rows_of_goals.append((text, extra and extra / 2**20, "at most", 64))
+    else:
+        seconds = rows.get((own, *size), {}).get("seconds")
+        floor = floor_seconds(results.gpu, *size, args.dim)
+        share = floor / seconds if floor and seconds else None
+        text = "share of the loss in a ResNet-50 step, 32 images of 224 x 224"
+        rows_of_goals += [
+            (
+                f"{own}: extra memory over dense's, {at}",
+                ratio("bytes", own, "dense"),
+                "at most",
+                0.02,
+            ),
+            (f"{own}: the GPU's floor over the time, {at}", share, "at least", 0.5),
+            (text, results.gpu.get("share"), "at most", 0.1),
+        ]
+    return [{"goal": g, "found": f, kind: bound} for g, f, kind, bound in rows_of_goals]
 
 
 def floor_seconds(gpu: dict[str, Any], images: int, pixels: int, dim: int) -> float | None:
@@ -307,7 +299,9 @@ def table(args: argparse.Namespace, content: dict[str, Any]) -> str:
         lines.append(f"| {goal['goal']} | {found} | {kind} {goal[kind]} |")
     if gpu:
         lines += ["", "| of this GPU, in the same run | |", "|---|---|"]
-        lines += [f"| {key.replace('_', ' ')} | {format_number(v)} |" for key, v in gpu.items()]
+        for key, value in gpu.items():
+            shown = value if isinstance(value, str) else f"{value:.4g}"
+            lines.append(f"| {key.replace('_', ' ')} | {shown} |")
     lines += ["", *(f"- `{name}`: {text}" for name, text in METHODS.items()), ""]
     return "\n".join([*lines, footer(content)])
 
@@ -315,11 +309,6 @@ def table(args: argparse.Namespace, content: dict[str, Any]) -> str:
 def milliseconds(seconds: float) -> str:
     """Three digits or more of a time, in milliseconds."""
     return f"{1000 * seconds:.0f}" if seconds >= 1 else f"{1000 * seconds:.3g}"
-
-
-def format_number(value: float | str) -> str:
-    """Four digits of a number; text as it is."""
-    return value if isinstance(value, str) else f"{value:.4g}"
 
 
 def plot(content: dict[str, Any], path: Path) -> None:

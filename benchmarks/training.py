@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -93,24 +94,13 @@ class Bench:
             torch.cuda.synchronize()
         return time.process_time() if self.options.processor_time else time.perf_counter()
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp)
-
-    def backbone_step(self) -> None:
-        """Timm's model on random tensors."""
-        with self._autocast():
-            loss = self.plain(self.noise).float().mean()
+    def bare_step(self, model: torch.nn.Module) -> None:
+        """A model on random tensors."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
+            loss = model(self.noise).float().mean()
         loss.backward()
-        self.optimizers[self.plain].step()
-        self.optimizers[self.plain].zero_grad()
-
-    def encoder_step(self) -> None:
-        """The backbone with the embedding head on random tensors."""
-        with self._autocast():
-            loss = self.encoder(self.noise).float().mean()
-        loss.backward()
-        self.optimizers[self.encoder].step()
-        self.optimizers[self.encoder].zero_grad()
+        self.optimizers[model].step()
+        self.optimizers[model].zero_grad()
 
     def loader_step(self) -> None:
         """A batch of windows, not augmented."""
@@ -214,9 +204,9 @@ def main() -> None:
 def measure(options: argparse.Namespace) -> str:
     """Run the loops and return the report."""
     bench = Bench(options)
-    loops = {
-        "backbone": bench.backbone_step,
-        "encoder": bench.encoder_step,
+    loops: dict[str, Callable[[], None]] = {
+        "backbone": partial(bench.bare_step, bench.plain),
+        "encoder": partial(bench.bare_step, bench.encoder),
         "step": bench.step,
         "loader": bench.loader_step,
     }

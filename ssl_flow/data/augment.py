@@ -82,7 +82,7 @@ def resize(images: Tensor, size: Tensor, flip: Tensor, shape: tuple[int, int]) -
         images: window i fills [:, :h, :w]; what lies beyond must be finite and is ignored.
         size: (B, 2) float32: h, w.
         flip: (B,) bool: mirror horizontally.
-        shape: height and width of the result, in pixels.
+        shape: of the result.
     """
     tall = _sums(images, size[:, 0], torch.zeros_like(flip), shape[0])
     return _sums(tall.mT, size[:, 1], flip, shape[1]).mT

@@ -37,11 +37,6 @@ class RidgeFlowLoss(torch.nn.Module):
 
     Raises:
         ValueError: if ``ridge`` isn't a positive number.
-
-    Example:
-        >>> loss = RidgeFlowLoss()
-        >>> embedding = torch.randn(2, 16, 8, 8, requires_grad=True)
-        >>> loss(embedding, flow=torch.randn(2, 2, 8, 8)).backward()
     """
 
     def __init__(self, ridge: float = 0.1) -> None:
@@ -71,10 +66,8 @@ class RidgeFlowLoss(torch.nn.Module):
         """The loss of each image, (B,).
 
         Args:
-            embedding: (B, D, H, W); like flow and weight as `CrossPixelFlowLoss.per_image` takes
-                it, with the same errors.
-            flow: (B, 2, H, W); x right, y down, any unit.
-            weight: (B, H, W), 0 = ignore; None for ones.
+            embedding, flow, weight: as `CrossPixelFlowLoss.per_image` takes them, with the same
+                errors and NaN; flow in any unit.
             fit: None splits the pixels in random halves, one of each two neighbours by a coin
                 (PyTorch's global generator), and scores each half by the map fitted on the other.
                 Or ``(embedding, flow, weight)`` of another crop of the same frames, of any size,
@@ -83,9 +76,7 @@ class RidgeFlowLoss(torch.nn.Module):
 
         Returns:
             (B,) float32 (float64 for float64 embeddings). 0, differentiably, for an image without
-            usable pixels to fit and to score on, or whose flow there is one constant. NaN, and a
-            gradient of NaN, for an image with a value that isn't finite where the weight isn't 0,
-            or a weight that is negative or not finite.
+            usable pixels to fit and to score on, or whose flow there is one constant.
         """
         with torch.autocast(embedding.device.type, enabled=False):
             here = pixels(embedding, flow, weight)
