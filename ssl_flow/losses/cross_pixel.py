@@ -72,27 +72,20 @@ class CrossPixelFlowLoss(torch.nn.Module):
         ):
             if found not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; found {found!r}")
-        for name, value in {
-            "embedding_scale": embedding_scale,
-            "embedding_temperature": embedding_temperature,
-            "flow_sigma": flow_sigma,
-            "flow_temperature": flow_temperature,
-        }.items():
+        numbers = (embedding_scale, embedding_temperature, flow_sigma, flow_temperature)
+        for name, value in zip(
+            ("embedding_scale", *reference.Options._fields), numbers, strict=False
+        ):
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a positive finite number, found {value}")
         if objective == "cross_entropy":
-            for text, exponent in (
-                (
-                    "2 embedding_scale / embedding_temperature",
-                    embedding_scale / embedding_temperature * 2,
-                ),
-                ("1 / flow_temperature", 1 / flow_temperature),
-            ):
-                if exponent > _MAX_EXPONENT:
-                    raise ValueError(
-                        f"{text} must be at most {_MAX_EXPONENT:g}, found {exponent:g}: raise the "
-                        "temperature or lower the scale"
-                    )
+            learned, target = 2 * embedding_scale / embedding_temperature, 1 / flow_temperature
+            if max(learned, target) > _MAX_EXPONENT:
+                raise ValueError(
+                    "2 embedding_scale / embedding_temperature and 1 / flow_temperature must be at "
+                    f"most {_MAX_EXPONENT:g}, found {learned:g} and {target:g}: raise the "
+                    "temperature or lower the scale"
+                )
         elif self_pairs == "subtract_identity":
             raise ValueError(
                 f"self_pairs='subtract_identity' is for objective='cross_entropy', found "
@@ -110,12 +103,7 @@ class CrossPixelFlowLoss(torch.nn.Module):
             )
         self.objective = objective
         self.embedding_scale = float(embedding_scale)
-        self.options = reference.Options(
-            float(embedding_temperature),
-            float(flow_sigma),
-            float(flow_temperature),
-            self_pairs == "exclude",
-        )
+        self.options = reference.Options(*numbers[1:], self_pairs == "exclude")
         self.backend = backend
         self.learn_scale = learn_scale
         if learn_scale:
