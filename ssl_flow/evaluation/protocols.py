@@ -112,8 +112,8 @@ def open_data(kind: str, spec: str) -> Data:
     if kind == "videos":
         videos = open_videos(spec)
         frames = [(video, i) for video in videos.videos for i in range(len(video))]
-        files = [path for video, i in frames for path in video.files[i][1:]]
-        names = [video.files[i].name for video, i in frames]
+        files = [p for video in videos.videos for p in (*video.files, *video.mask_files)]
+        names = [name for video in videos.videos for name in video.names]
         shown = _images(videos.name, names, lambda k: frames[k][0][frames[k][1]][:2])
         about = {"test": videos.protocol}
         return _data(spec, kind, (videos.videos,), shown, shown, about, "sequences", files)

@@ -189,7 +189,7 @@ def test_a_protocol_that_draws_nothing_runs_once(networks, tmp_path, calls, monk
     [
         ({"--encoders": "nowhere"}, "no encoder at 'nowhere'"),
         ({"--encoders": "a=,"}, "empty encoder"),
-        ({"--data": "imagenet:x"}, "unknown data kind 'imagenet'"),
+        ({"--data": "imagenet:x"}, "unknown data 'imagenet"),
         ({"--data": "folder:/nowhere"}, "/nowhere is missing"),
         ({"--seeds": "0"}, "seeds = 0, expected 1 or more"),
         ({"--protocols": "guessing"}, "unknown protocol 'guessing'; known: linear-probe"),
