@@ -180,8 +180,8 @@ def load_config(name: str) -> Config:
 
     Raises:
         FileNotFoundError: neither a file nor a preset; lists the presets.
-        ValueError: not YAML, an unknown key (names the nearest known one), a value of the wrong
-            type or an impossible one.
+        ValueError: not YAML, a key twice, an unknown key (names the nearest known one), a value of
+            the wrong type or an impossible one.
     """
     presets = preset_files()
     path = Path(name) if Path(name).is_file() else presets.get(name)
@@ -191,7 +191,7 @@ def load_config(name: str) -> Config:
             f"no configuration {name!r}: not a file, and the presets are {known}"
         )
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     config: Config = _build(Config, loaded, str(path), "")
@@ -213,6 +213,19 @@ def preset_files() -> dict[str, Path]:
     packaged = here / "configs"
     folder = packaged if packaged.is_dir() else here.parent / "configs"
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.YAMLError(f"the key {name!r} is there twice\n{key.start_mark}")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
 
 
 def _build(kind: Any, values: Any, source: str, prefix: str) -> Any:  # noqa: ANN401

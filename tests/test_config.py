@@ -82,6 +82,7 @@ def test_round_trip(tmp_path):
         ("seed: 9223372036854775808", "seed is 9223372036854775808; expected in"),
         ("data: {crop: 64", r"bad\.yaml is not YAML: .*(\n.*)*line 1"),
         ("data: {crop: \x07}", r"bad\.yaml is not YAML: "),
+        ("seed: 1\nseed: 2", r"bad\.yaml is not YAML: the key 'seed' is there twice(\n.*)*line 2"),
         ("train: {learning_rate: fast}", "train.learning_rate is 'fast'; expected float"),
         ("train: {learning_rate: true}", "train.learning_rate is True; expected float"),
         ("train: {batch_size: 16, accumulate: 3}", "accumulate is 3; expected a divisor of train"),
