@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import cv2
 import numpy as np
@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_flow.data.segmentation import IGNORE, SegmentationSet
-from ssl_flow.evaluation.pictures import pca_rgb
-from ssl_flow.models.encoder import Encoder, device_of
+from ssl_flow.data.segmentation import IGNORE, Labelled, SegmentationSet
+from ssl_flow.evaluation.pictures import Tile, pca_rgb
+from ssl_flow.evaluation.pixel_features import feature_levels, normalized_batches
+from ssl_flow.models.encoder import Encoder
 from ssl_flow.models.head import to_stride
 
 _SIDE = 320  # shorter side of the images
 _STRIDE = 8  # of the maps, or the encoder's finest stride where that is coarser
-Tile = tuple[int, int]  # height, width
 
 
 def pick_images(
@@ -62,9 +62,8 @@ def mark_pixels(masks: np.ndarray, each: int = 2) -> list[tuple[int, int, int]]:
         large = [(used.get(c, 0), -a, c) for c, a in zip(classes.tolist(), areas, strict=True)
                  if a >= mask.size / 100]  # fmt: skip
         for _, _, chosen in sorted(large)[:each]:
-            inside = cv2.distanceTransform(
-                np.pad((mask == chosen).astype(np.uint8), 1), cv2.DIST_L2, 5
-            )[1:-1, 1:-1]
+            region = np.pad((mask == chosen).astype(np.uint8), 1)
+            inside = cv2.distanceTransform(region, cv2.DIST_L2, 5)[1:-1, 1:-1]
             row, column = np.unravel_index(int(inside.argmax()), mask.shape)
             used[chosen] = used.get(chosen, 0) + 1
             marks.append((index, int(row), int(column)))
@@ -80,21 +79,18 @@ def joint_maps(encoder: Encoder, images: np.ndarray) -> tuple[Tensor, int]:
     Raises:
         ValueError: features that are not finite.
     """
-    device = device_of(encoder)
     stride = max(_STRIDE, min(encoder.strides))
     rows, columns = (-(-side // stride) for side in images.shape[1:3])
+    items = [Labelled(image, image[..., 0], f"picture {i}") for i, image in enumerate(images)]
     parts = []
-    for image in torch.from_numpy(images):
-        levels = encoder.features(encoder.normalize(image[None].to(device)))
+    for (item,), batch in normalized_batches(encoder, items, 1):
+        levels, strides = feature_levels(encoder, batch, "hypercolumn", [item.name])
         same = [
-            F.normalize(to_stride(level.float(), s, stride)[..., :rows, :columns], dim=1)
-            for level, s in zip(levels, encoder.strides, strict=True)
+            F.normalize(to_stride(level, s, stride)[..., :rows, :columns], dim=1)
+            for level, s in zip(levels, strides, strict=True)
         ]
         parts.append((torch.cat(same, 1) / len(same) ** 0.5).cpu())
-    maps = torch.cat(parts)
-    if not maps.isfinite().all():
-        raise ValueError("the encoder's features are not finite")
-    return maps, stride
+    return torch.cat(parts), stride
 
 
 def pca_tiles(maps: Tensor, tile: Tile) -> list[np.ndarray]:
@@ -125,21 +121,6 @@ def similarity_tiles(
         cv2.applyColorMap(_enlarge(picture, tile), cv2.COLORMAP_VIRIDIS)[..., ::-1]
         for picture in scaled
     ]
-
-
-def strip(tiles: Sequence[np.ndarray], tile: Tile, nearest: bool = False) -> np.ndarray:
-    """Tiles beside each other with a white gap, each fitted into one size: (H, W, 3) uint8."""
-    height, width = tile
-    gap = np.full((height, 4, 3), 255, np.uint8)
-    parts = []
-    for picture in tiles:
-        scale = min(height / picture.shape[0], width / picture.shape[1])
-        size = (round(picture.shape[1] * scale), round(picture.shape[0] * scale))
-        how = cv2.INTER_NEAREST if nearest else cv2.INTER_AREA
-        fitted = np.full((height, width, 3), 255, np.uint8)
-        fitted[: size[1], : size[0]] = cv2.resize(picture, size, interpolation=how)
-        parts += [fitted, gap]
-    return np.concatenate(parts[:-1], axis=1)
 
 
 def _enlarge(picture: np.ndarray, tile: Tile) -> np.ndarray:

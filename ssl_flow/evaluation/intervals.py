@@ -54,78 +54,54 @@ def better(a: Interval, b: Interval, larger_is_better: bool = True) -> bool:
 
 
 def interval_of_mean(
-    values: np.ndarray,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-    groups: Sequence[str] | None = None,
+    values: np.ndarray, resamples: int = 2000, seed: int = 0, groups: Sequence[str] | None = None
 ) -> Interval:
-    """Interval of the mean of (N,) values, or of (S, N), the same N images under S seeds.
+    """95 % interval of the mean of (N,) values, or of (S, N), the same N images under S seeds.
 
     Images are drawn for all seeds together, and each draw is averaged over the seeds. `groups`:
     the name of each image's group, of which all or none are drawn.
 
     Raises:
-        ValueError: another shape, no images, a value that is not finite, a bad setting.
+        ValueError: another shape, no images, a value that is not finite.
     """
     table = np.atleast_2d(np.asarray(values, np.float64))  # (S, N)
-    if table.ndim != 2 or not table.size:
-        raise ValueError(f"values of shape {np.shape(values)}, expected (N,) or (S, N)")
-    if not np.isfinite(table).all():
-        seed_index, image = np.argwhere(~np.isfinite(table))[0]
-        found = table[seed_index, image]
-        raise ValueError(f"the value of image {image} (seed {seed_index}) is {found}")
+    if table.ndim != 2 or not table.size or not np.isfinite(table).all():
+        raise ValueError(f"expected finite values (N,) or (S, N), got {np.shape(values)}: {values}")
     per_image = table.mean(0)
     sums, sizes = (_grouped(x, groups) for x in (per_image, np.ones_like(per_image)))
     draws = [w @ sums / (w @ sizes) for w in _draws(len(sums), 1, resamples, seed)]
-    return _interval(table.mean(1), np.concatenate(draws), len(sums), confidence)
+    return _interval(table.mean(1), np.concatenate(draws), len(sums))
 
 
 def interval_of_miou(
-    counts: np.ndarray | Sequence[np.ndarray],
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-    groups: Sequence[str] | None = None,
+    counts: np.ndarray, resamples: int = 2000, seed: int = 0, groups: Sequence[str] | None = None
 ) -> Interval:
-    """Interval of the mIoU over a set of images.
+    """95 % interval of the mIoU of images with counts (N, 3, K) (`ConfusionMatrix.sums`).
 
-    Args:
-        counts: (N, 3, K) `ConfusionMatrix.sums` of every image; or several such, the same N images
-            under different seeds. As in `ConfusionMatrix.miou`, a class that neither truth nor
-            prediction of a draw has does not count in its mean.
-        confidence: of the interval.
-        resamples: number of draws.
-        seed: of the draws.
-        groups: the name of each image's group, of which all or none are drawn.
+    Or (S, N, 3, K), the same images under S seeds. As in `ConfusionMatrix.miou`, a class that
+    neither truth nor prediction of a draw has does not count in its mean.
 
     Raises:
-        ValueError: other shapes, no counted pixel at all, a bad setting.
+        ValueError: another shape, no counted pixel at all.
     """
-    sums = [counts] if isinstance(counts, np.ndarray) and counts.ndim == 3 else list(counts)
-    shape = sums[0].shape if sums else ()
-    if len(shape) != 3 or shape[1] != 3 or not shape[0]:
-        raise ValueError(f"counts of shape {shape}, expected (N, 3, K)")
-    if any(s.shape != shape for s in sums):
-        raise ValueError(f"counts of different shapes: {[s.shape for s in sums]}")
-    if not all(s.any() for s in sums):
-        raise ValueError("no pixel is counted: every label is ignored")
-    sums = [_grouped(s.astype(np.float64), groups) for s in sums]
+    table = np.asarray(counts, np.float64)
+    table = table[None] if table.ndim == 3 else table
+    if table.ndim != 4 or table.shape[2] != 3 or not table.any((1, 2, 3)).all():
+        raise ValueError(
+            f"counts of shape {table.shape}, expected (S, N, 3, K) with counted pixels"
+        )
+    sums = [_grouped(s, groups) for s in table]
     units, _, classes = sums[0].shape
     draws = [  # one of images without any counted pixel is nan, left out of the interval
         np.mean([miou_of(np.tensordot(w, s, 1)) for s in sums], axis=0)
         for w in _draws(units, 3 * classes, resamples, seed)
     ]
     scores = np.array([miou_of(s.sum(0)) for s in sums])
-    return _interval(scores, np.concatenate(draws), units, confidence)
+    return _interval(scores, np.concatenate(draws), units)
 
 
 def interval_of_outcomes(
-    outcomes: Sequence[Outcome],
-    score: str,
-    resamples: int = 2000,
-    seed: int = 0,
-    groups: Sequence[str] | None = None,
+    outcomes: Sequence[Outcome], score: str, groups: Sequence[str] | None = None
 ) -> Interval:
     """95 % interval of one score of one encoder, from its outcomes under one or several seeds.
 
@@ -138,13 +114,11 @@ def interval_of_outcomes(
     if not outcomes or any(o.items != outcomes[0].items for o in outcomes):
         raise ValueError("the outcomes are none, or not of the same images in the same order")
     if all(score in o.values for o in outcomes):
-        values = np.stack([o.values[score] for o in outcomes])
-        return interval_of_mean(values, resamples=resamples, seed=seed, groups=groups)
+        return interval_of_mean(np.stack([o.values[score] for o in outcomes]), groups=groups)
     counts = [o.counts for o in outcomes if o.counts is not None]
     if score != "miou" or len(counts) != len(outcomes):
-        known = [*outcomes[0].values, *(["miou"] if outcomes[0].counts is not None else [])]
-        raise ValueError(f"no values per image of {score!r}; known: {', '.join(known) or 'none'}")
-    return interval_of_miou(counts, resamples=resamples, seed=seed, groups=groups)
+        raise ValueError(f"no values per image of {score!r}")
+    return interval_of_miou(np.stack(counts), groups=groups)
 
 
 def _grouped(values: np.ndarray, groups: Sequence[str] | None) -> np.ndarray:
@@ -159,8 +133,6 @@ def _grouped(values: np.ndarray, groups: Sequence[str] | None) -> np.ndarray:
 
 def _draws(images: int, width: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """(draws, images) how often each image is drawn; in parts, so that memory is bounded."""
-    if resamples < 1:
-        raise ValueError(f"resamples = {resamples}, expected 1 or more")
     rng, step = np.random.default_rng(seed), max(1, _CHUNK // max(images, width))
     for start in range(0, resamples, step):
         rows = min(step, resamples - start)
@@ -169,9 +141,6 @@ def _draws(images: int, width: int, resamples: int, seed: int) -> Iterator[np.nd
         yield counts.reshape(rows, images).astype(np.float64)
 
 
-def _interval(scores: np.ndarray, draws: np.ndarray, images: int, confidence: float) -> Interval:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence = {confidence}, expected between 0 and 1")
-    tail = (1 - confidence) / 2
-    low, high = np.nanquantile(draws, [tail, 1 - tail]) if images > 1 else (np.nan, np.nan)
+def _interval(scores: np.ndarray, draws: np.ndarray, images: int) -> Interval:
+    low, high = np.nanquantile(draws, [0.025, 0.975]) if images > 1 else (np.nan, np.nan)
     return Interval(float(scores.mean()), float(low), float(high), tuple(map(float, scores)))

@@ -22,17 +22,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from ssl_flow.data.davis import Video
 from ssl_flow.data.labelled import Labelled
-from ssl_flow.evaluation.outcome import Outcome
+from ssl_flow.evaluation.metrics import EXAMPLES
+from ssl_flow.evaluation.outcome import Outcome, Settings
 from ssl_flow.evaluation.pixel_features import (
+    bar,
     check_features,
     feature_levels,
     frozen,
     normalized_batches,
-    require_positive,
     spread,
 )
 from ssl_flow.evaluation.video_metrics import davis_summary, sequence_scores
@@ -42,11 +42,11 @@ _TILE = 16  # side of the squares of cells that are looked up at once; no influe
 
 
 @dataclass(frozen=True)
-class LabelPropagation:
+class LabelPropagation(Settings):
     """The protocol; all but `features` are the published settings."""
 
     name: ClassVar[str] = "label-propagation"
-    version: ClassVar[int] = 1
+    may_be_zero: ClassVar[tuple[str, ...]] = ("previous", "radius")
     # embedding, or stage1, stage2, ...; None: the last map of the coarsest stride up to 8, or of
     # the finest stride where all are coarser: a ViT's last layer, a ResNet's map of stride 8.
     features: str | None = None
@@ -56,37 +56,18 @@ class LabelPropagation:
     radius: int = 12  # cells to each side in which they are looked for
     temperature: float = 0.1  # of the softmax over their cosine similarities
 
-    def __post_init__(self) -> None:
-        """ValueError for a value with which nothing could be propagated."""
-        require_positive(self, "short_side", "neighbours", "temperature")
-        for key in ("previous", "radius"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"{key} = {getattr(self, key)}, expected 0 or more")
-
 
 def run_label_propagation(
-    encoder: Encoder,
-    videos: Sequence[Video],
-    protocol: LabelPropagation | None = None,
-    examples: int = 6,
-    progress: bool = True,
+    encoder: Encoder, videos: Sequence[Video], protocol: LabelPropagation | None = None
 ) -> Outcome:
     """Propagate the first mask of every video and score the others; nothing is random.
 
-    Args:
-        encoder: frozen; `features`, `embed`, `channels`, `strides`, `normalize`.
-        videos: sequences with their masks; only the first mask of each is shown.
-        protocol: `LabelPropagation()` by default.
-        examples: sequences whose last frame is kept as (image, truth, prediction).
-        progress: show a progress bar.
-
-    Returns:
-        DAVIS's scores at the masks' resolution; `values` and `items` are those of the objects,
-        over which DAVIS takes the mean.
+    Scores are DAVIS's at the masks' resolution; `values` and `items` are those of the objects, over
+    which DAVIS takes the mean; the examples are the last frames of some sequences.
 
     Raises:
-        ValueError: unknown features, features that are not finite (names the frame), a video of
-            fewer than 3 frames (the first is given, the last is not scored), none at all.
+        ValueError: a video of fewer than 3 frames (the first is given, the last is not scored),
+            none at all, and as all protocols do.
     """
     protocol = protocol or LabelPropagation()
     features = protocol.features or _default_features(encoder)
@@ -98,9 +79,9 @@ def run_label_propagation(
         raise ValueError(f"no video of 3 frames to propagate along: {short or 'no video at all'}")
     start = time.perf_counter()
     scored, items, kept = [], [], []
-    wanted = spread(len(videos), examples)
+    wanted = spread(len(videos), EXAMPLES)
     with frozen(encoder):
-        for index, video in enumerate(tqdm(videos, desc="videos", disable=not progress)):
+        for index, video in enumerate(bar(videos, "videos")):
             image, truth, prediction = _propagate_video(encoder, video, features, protocol)
             scored.append(sequence_scores(prediction, truth, video.objects))
             items += [f"{video.name}/object {i + 1}" for i in range(video.objects)]

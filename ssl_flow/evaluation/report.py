@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import sys
 from collections.abc import Sequence
@@ -13,7 +12,8 @@ from typing import Any
 import tyro
 from jinja2 import Environment
 
-from ssl_flow.evaluation.curves import Picture, draw_curves, drawable_panels, png
+from ssl_flow.evaluation.curves import draw_curves, drawable_panels
+from ssl_flow.evaluation.pictures import data_uri
 from ssl_flow.evaluation.run_log import RunLog, is_number, read_run
 from ssl_flow.flow.shard import write_atomically
 
@@ -29,8 +29,7 @@ td { text-align: right } td:first-child, th { text-align: left }
 div, pre { overflow-x: auto } pre { background: #8882; padding: .7em 1em } code { font-size: .9em }
 img { max-width: 100% }
 .config td { text-align: left; overflow-wrap: anywhere }
-.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20em, 100%), 1fr)) }
-@media (prefers-color-scheme: dark) { .curves img { filter: invert(.93) hue-rotate(180deg) } }
+@media (prefers-color-scheme: dark) { .curves { filter: invert(.93) hue-rotate(180deg) } }
 </style></head><body>
 <h1>{{ log.name }}</h1>
 <p>{{ log.summary }}</p>
@@ -50,12 +49,10 @@ img { max-width: 100% }
 {% endfor %}</table></div></details>
 {% else %}<p>No probe in results.json.</p>{% endif %}
 <h2>Training</h2>
-{% if curves %}<div class="curves">
-{% for name, picture in curves %}<img alt="{{ name }} against the step" src="{{ picture }}">
-{% endfor %}</div>
+{% if curves %}<img class="curves" alt="metrics against the step" src="{{ curves }}">
 <p>Thin: as logged, of one batch. Bold: exponential mean. A constant embedding has learned nothing;
 a cross entropy cannot fall below the entropy of its target.</p>
-{% else %}<p>{{ no_curves }}</p>{% endif %}
+{% else %}<p>No numbers in metrics.jsonl.</p>{% endif %}
 {% if pictures %}<h2>Pictures</h2>{% endif %}
 {% for name, picture in pictures %}<p>{{ name | capitalize }}</p>
 <div><img alt="{{ name }}" src="{{ picture }}"></div>
@@ -80,36 +77,20 @@ _CAPTIONS = {
 def write_report(run_dir: str | Path) -> Path:
     """Write `report.html` and `pictures/curves.png` from what a run folder holds.
 
-    Parts that are missing are left out, the curves also without matplotlib.
-
     Reads results.json (`{"linear_probe": {NAME: {"miou": ..., "per_class": {...}}}}`),
-    metrics.jsonl (`draw_curves` says what of it), config.yaml and pictures/*.png.
+    metrics.jsonl, config.yaml and pictures/*.png; parts that are missing are left out.
 
     Raises:
         FileNotFoundError: the run folder does not exist.
         ValueError: results.json or config.yaml cannot be read (names the file).
-        OSError: the files cannot be written.
     """
     log = read_run(Path(run_dir))
-    try:
-        sheet, cells = draw_curves([log])
-    except ImportError as error:
-        return _write(log, None, {}, str(error))
-    return _write(log, sheet, cells)
-
-
-def _write(
-    log: RunLog,
-    sheet: Picture | None,
-    cells: dict[str, Picture],
-    no_curves: str = "No numbers in metrics.jsonl.",
-) -> Path:
-    run, encoder = log.folder, log.folder / "encoder"
+    run, encoder, sheet = log.folder, log.folder / "encoder", draw_curves([log])
     probe = _read_probe(run / "results.json")
     rows, classes = _probe_tables(probe)
     if sheet is not None:
         (run / "pictures").mkdir(exist_ok=True)
-        write_atomically(run / "pictures" / "curves.png", png(sheet))
+        write_atomically(run / "pictures" / "curves.png", sheet)
     files = [p for p in (run / "pictures").glob("*.png") if p.stem != "curves"]
     files.sort(key=lambda p: (p.stem != "training", p.stem))
     call = f"encoder = ssl_flow.load_encoder({json.dumps(str(encoder), ensure_ascii=False)})"
@@ -119,9 +100,8 @@ def _write(
         rows=rows,
         classes=classes,
         protocol=_protocol(probe),
-        curves=[(name, _inline(png(cell))) for name, cell in cells.items()],
-        no_curves=no_curves,
-        pictures=[(_CAPTIONS.get(p.stem, p.stem), _inline(p.read_bytes())) for p in files],
+        curves=data_uri(sheet) if sheet else None,
+        pictures=[(_CAPTIONS.get(p.stem, p.stem), data_uri(p.read_bytes())) for p in files],
         call=call if (encoder / "config.json").exists() else None,
     )  # fmt: skip
     report = run / "report.html"
@@ -198,10 +178,6 @@ def _problems(log: RunLog) -> list[str]:
     return found
 
 
-def _inline(data: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(data).decode()
-
-
 @dataclass
 class ShowRunCommand:
     """Draw the curves of a training run and refresh its report; or compare several runs."""
@@ -226,15 +202,13 @@ def show_run_command(argv: Sequence[str]) -> int:
         if command.out.suffix != ".png" or not command.out.absolute().parent.is_dir():
             raise ValueError(f"--out {command.out}: expected a .png in a folder that is there")
         logs = [_checked(run) for run in command.runs]
-        sheet, cells = draw_curves(logs)
-        assert sheet is not None  # each has numbers
         if len(logs) == 1:
-            report = _write(logs[0], sheet, cells)
+            report = write_report(logs[0].folder)
             print(f"wrote {logs[0].folder / 'pictures' / 'curves.png'} and {report}")
         else:
-            write_atomically(command.out, png(sheet))
+            write_atomically(command.out, draw_curves(logs) or b"")
             print(f"wrote {command.out}")
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError) as error:
         print(f"ssl-flow show run: error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -246,10 +220,9 @@ def _checked(folder: Path) -> RunLog:
     if drawable_panels([log]):
         return log
     if not (log.config or metrics.exists()):
-        inside = sorted(file.parent for file in folder.glob("*/metrics.jsonl"))
-        mend = f"a run in it: {inside[-1]}" if inside else "`ssl-flow train` prints the right one"
         raise FileNotFoundError(
-            f"{folder} is no run folder: neither config.yaml nor metrics.jsonl is in it; {mend}"
+            f"{folder} is no run folder: neither config.yaml nor metrics.jsonl is in it; "
+            "`ssl-flow train` prints the right one"
         )
     raise ValueError(
         f"{metrics} {'holds no numbers' if metrics.exists() else 'is missing'}: nothing is logged "

@@ -45,23 +45,8 @@ small, .note { color: #888; font-size: .85em } .failed { color: #c0392b }
 <h2>{{ table.title }}</h2>
 {{ grid(table.heads, table.rows) }}
 <p>{{ table.verdict }}</p>
-{% with bars = table.bars %}{% if bars.rows %}<svg viewBox="0 0 {{ bars.width }} {{ bars.height }}"
- width="{{ bars.width }}" style="max-width: 100%" role="img" aria-label="{{ table.title }}"
- font-family="system-ui, sans-serif" font-size="12" fill="currentColor">
-{% for tick in bars.ticks %}<line stroke="#8888" x1="{{ tick.x }}" x2="{{ tick.x }}" y1="4"
- y2="{{ bars.bottom }}"/><text x="{{ tick.x }}" y="{{ bars.bottom + 14 }}"
- text-anchor="middle">{{ tick.text }}</text>{% endfor %}
-{% for row in bars.rows %}<text x="{{ bars.left - 8 }}" y="{{ row.y + 4 }}" text-anchor="end">
-{{- row.label | truncate(32, True) }}</text>
-<rect x="{{ bars.left }}" y="{{ row.y - 8 }}" width="{{ row.length }}" height="16"
- fill="{{ row.color }}" fill-opacity=".75"><title>{{ row.label }}</title></rect>
-{% if row.low is not none %}<path stroke="currentColor" stroke-width="1.6"
- fill="none" d="M{{ row.low }} {{ row.y - 5 }}v10
- M{{ row.low }} {{ row.y }}H{{ row.high }} M{{ row.high }} {{ row.y - 5 }}v10"/>{% endif %}
-{% for seed in row.seeds %}<circle cx="{{ seed }}" cy="{{ row.y }}" r="2.6" fill="#fff"
- stroke="#000"/>{% endfor %}{% endfor %}
-<text x="{{ bars.left }}" y="{{ bars.bottom + 30 }}">{{ bars.name }}</text></svg>{% endif %}
-{% endwith %}
+{% if table.bars %}<img alt="{{ table.title }}" src="{{ table.bars }}">{% endif %}
+
 <p class="note">Protocol: {{ table.settings }}<br>{{ table.split }} Dots in the plot:
 single runs, where there are several.</p>
 {% if table.per_class %}<details><summary>Score of each class</summary>

@@ -2,40 +2,42 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from typing import Any
 
-import cv2
 import numpy as np
 
 from ssl_flow.evaluation import feature_pictures as features
 from ssl_flow.evaluation.metrics import miou_of
 from ssl_flow.evaluation.outcome import Outcome
-from ssl_flow.evaluation.pictures import palette
+from ssl_flow.evaluation.pictures import data_uri, palette, strip, tile_of
 from ssl_flow.evaluation.protocols import Data
 from ssl_flow.evaluation.suite import Cell, Options, prepared
-from ssl_flow.evaluation.suite_tables import pretty, smaller_is_better
+from ssl_flow.evaluation.suite_tables import pretty, short, smaller_is_better
 
-_HEIGHT = 150  # of a tile
+Strips = list[tuple[str, str]]  # label, data URI
 
 
-def predictions(data: Data, outcomes: dict[str, Outcome]) -> list[tuple[str, str]]:
-    """Strips of images, truth, and what each encoder predicts: (label, data URI)."""
+def _truths(
+    images: Sequence[np.ndarray], masks: Sequence[np.ndarray], colors: np.ndarray
+) -> Strips:
+    tile = tile_of(images[0])
+    truth = data_uri(strip([colors[mask] for mask in masks], tile, True), True)
+    return [("image", data_uri(strip(images, tile))), ("truth", truth)]
+
+
+def predictions(data: Data, outcomes: dict[str, Outcome]) -> Strips:
+    """Strips of images, truth, and what each encoder predicts."""
     shown = {label: o.examples for label, o in outcomes.items() if o.examples}
     if not shown:
         return []
-    first = next(iter(shown.values()))
-    classes = len(data.shown.classes) or 1 + max(
-        int(t[t != 255].max(initial=0)) for _, t, _ in first
-    )
-    colors = palette(classes)
-    tile = _tile(first[0][0])
-    rows = [("image", _uri(features.strip([image for image, _, _ in first], tile)))]
-    rows += [("truth", _uri(features.strip([colors[t] for _, t, _ in first], tile, True), True))]
+    images, truths, _ = zip(*next(iter(shown.values())), strict=True)
+    found = 1 + max(int(t[t != 255].max(initial=0)) for t in truths)
+    colors, tile = palette(len(data.shown.classes) or found), tile_of(images[0])
+    rows = _truths(images, truths, colors)
     for label, examples in shown.items():
-        maps = [colors[np.where(truth == 255, 255, found)] for _, truth, found in examples]
-        rows.append((label, _uri(features.strip(maps, tile, True), True)))
+        maps = [colors[np.where(truth == 255, 255, guess)] for _, truth, guess in examples]
+        rows.append((label, data_uri(strip(maps, tile, True), True)))
     return rows
 
 
@@ -53,21 +55,18 @@ def hardest(
         return None
     items = next(iter(outcomes.values())).items
     mean = np.mean(list(columns.values()), axis=0)
-    order = np.argsort(mean if not smaller_is_better(score) else -mean, kind="stable")
+    order = np.argsort(-mean if smaller_is_better(score) else mean, kind="stable")
     chosen: dict[str, int] = {}
     for index in order[~np.isnan(mean[order])].tolist():
         chosen.setdefault(data.unit_of(items[index]), index)
     worst = list(chosen.values())[:count]
-    places = [data.shown.names.index(items[i]) for i in worst if items[i] in data.shown.names]
+    names = data.shown.names
+    examples = [data.shown[names.index(items[i])] for i in worst if items[i] in names]
     strips = []
-    if places:
-        examples = [data.shown[place] for place in places]
-        tile = _tile(examples[0].image)
-        strips = [("image", _uri(features.strip([e.image for e in examples], tile)))]
-        if data.shown.classes:
-            colors = palette(len(data.shown.classes))
-            truth = features.strip([colors[e.mask] for e in examples], tile, True)
-            strips.append(("truth", _uri(truth, True)))
+    if examples:
+        images, masks, _ = zip(*examples, strict=True)
+        classes = len(data.shown.classes)
+        strips = _truths(images, masks, palette(classes))[: 2 if classes else 1]
     return {
         "what": "images" if data.kind == "segmentation" else table["unit"],
         "score": pretty(score),
@@ -80,8 +79,8 @@ def hardest(
 def feature_strips(data: Data, cells: Sequence[Cell], options: Options) -> dict[str, Any]:
     """PCA and similarity of every encoder on the same images of a set."""
     images, masks = features.pick_images(data.shown, data.unit_of)
-    marks, tile = features.mark_pixels(masks), _tile(images[0])
-    image = _uri(features.strip(list(images), tile))
+    marks, tile = features.mark_pixels(masks), tile_of(images[0])
+    image = data_uri(strip(list(images), tile))
     height, width = images.shape[1:3]
     total = len(images) * (tile[1] + 4) - 4
     placed: list[dict[str, Any]] = [
@@ -95,27 +94,11 @@ def feature_strips(data: Data, cells: Sequence[Cell], options: Options) -> dict[
         firsts.setdefault(cell.label, cell)
     for label, cell in firsts.items():
         try:
-            maps, stride = features.joint_maps(prepared(cell, options), images)
-            pca.append((label, _uri(features.strip(features.pca_tiles(maps, tile), tile))))
+            maps, stride = features.joint_maps(prepared(cell, options).eval(), images)
+            pca.append((label, data_uri(strip(features.pca_tiles(maps, tile), tile))))
             for mark, place in zip(marks, placed, strict=True):
                 tiles = features.similarity_tiles(maps, stride, mark, tile)
-                place["rows"].append((label, _uri(features.strip(tiles, tile))))
+                place["rows"].append((label, data_uri(strip(tiles, tile))))
         except Exception as error:  # a picture must not cost the report
             pca.append((label, f"failed: {error}"))
     return {"name": data.name, "image": image, "pca": pca, "marks": placed}
-
-
-def _tile(image: np.ndarray) -> tuple[int, int]:
-    return _HEIGHT, round(_HEIGHT * image.shape[1] / image.shape[0])
-
-
-def _uri(picture: np.ndarray, flat: bool = False) -> str:
-    """A picture as a data URI: PNG for few flat colours, else JPEG."""
-    kind, options = ("png", []) if flat else ("jpeg", [cv2.IMWRITE_JPEG_QUALITY, 88])
-    data = cv2.imencode(f".{kind}", picture[..., ::-1], options)[1].tobytes()
-    return f"data:image/{kind};base64," + base64.b64encode(data).decode()
-
-
-def short(value: float | None) -> str:
-    """A number for a cell of a table."""
-    return "-" if value is None or np.isnan(value) else f"{value:.3f}"

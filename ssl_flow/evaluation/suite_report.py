@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import platform
 from collections.abc import Sequence
@@ -12,15 +13,16 @@ import timm
 import torch
 from jinja2 import Environment
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 import ssl_flow
 from ssl_flow.evaluation import suite_tables as text
 from ssl_flow.evaluation.outcome import Outcome
-from ssl_flow.evaluation.pictures import palette
+from ssl_flow.evaluation.pictures import data_uri, palette
 from ssl_flow.evaluation.protocols import Data
 from ssl_flow.evaluation.suite import Cell, Options
 from ssl_flow.evaluation.suite_page import PAGE
-from ssl_flow.evaluation.suite_pictures import feature_strips, hardest, predictions, short
+from ssl_flow.evaluation.suite_pictures import feature_strips, hardest, predictions
 from ssl_flow.flow.shard import write_atomically
 from ssl_flow.models import pick_device
 
@@ -121,7 +123,7 @@ def _section(table: dict[str, Any], data: Data, outcomes: dict[str, Outcome]) ->
         "bars": _bars(table),
         "per_class": (
             ["class", *(row["encoder"] for row in table["rows"])],
-            [[name] + [short(row["per_class"].get(name)) for row in table["rows"]]
+            [[name] + [text.short(row["per_class"].get(name)) for row in table["rows"]]
              for name in classes],
         ) if classes else None,
         "strips": predictions(data, outcomes),
@@ -131,28 +133,27 @@ def _section(table: dict[str, Any], data: Data, outcomes: dict[str, Outcome]) ->
     }  # fmt: skip
 
 
-def _bars(table: dict[str, Any]) -> dict[str, Any]:
-    """Places of everything in the bar plot, in its pixels."""
-    scored = [(i, r["encoder"], r["scores"][table["headline"]])
-              for i, r in enumerate(table["rows"]) if r["scores"]]  # fmt: skip
-    top = max((max(s["high"] or 0, *s["seeds"], 1e-9) for _, _, s in scored), default=1.0)
-    step = next(s for s in (f * 10.0**e for e in range(-9, 9) for f in (1, 2, 5)) if top / s <= 6)
-    left, width = 230, 760
-
-    def x(value: float) -> float:
-        return round(left + max(value, 0) / top * (width - left - 30), 1)
-
-    rows = [
-        {"label": label, "y": 20 + 26 * n, "length": x(s["value"]) - left,
-         "color": _COLORS[i % len(_COLORS)], "low": None if s["low"] is None else x(s["low"]),
-         "high": x(s["high"] or 0),
-         "seeds": [x(v) for v in s["seeds"]] if len(s["seeds"]) > 1 else []}
-        for n, (i, label, s) in enumerate(scored)
-    ]  # fmt: skip
-    ticks = [{"x": x(k * step), "text": f"{k * step:g}"} for k in range(int(top / step) + 1)]
-    bottom = 12 + 26 * len(rows)
-    return {"rows": rows, "ticks": ticks, "left": left, "width": width, "bottom": bottom,
-            "height": bottom + 36, "name": text.pretty(table["headline"])}  # fmt: skip
+def _bars(table: dict[str, Any]) -> str:
+    """The headline's values with their intervals, single runs as dots, as a picture."""
+    rows = [(r["encoder"], r["scores"][table["headline"]]) for r in table["rows"] if r["scores"]]
+    if not rows:
+        return ""
+    figure = Figure((7.6, 0.7 + 0.27 * len(rows)), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for place, (_, score) in enumerate(rows):
+        axes.barh(place, score["value"], color=_COLORS[place % len(_COLORS)], alpha=0.75)
+        if score["low"] is not None:
+            axes.plot([score["low"], score["high"]], [place, place], "k|-", linewidth=1.6)
+        if len(score["seeds"]) > 1:
+            axes.plot(score["seeds"], [place] * len(score["seeds"]), "o", mfc="w", mec="k", ms=4)
+    labels = [label if len(label) <= 32 else label[:31] + "…" for label, _ in rows]
+    axes.set_yticks(range(len(rows)), labels, parse_math=False)
+    axes.invert_yaxis()
+    axes.set_xlabel(text.pretty(table["headline"]))
+    axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer)
+    return data_uri(buffer.getvalue())
 
 
 def _marked(cell: str, best: bool) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ssl_flow.evaluation.intervals import Interval, better, interval_of_outcomes
 from ssl_flow.evaluation.outcome import Outcome, mean_per_class
-from ssl_flow.evaluation.protocols import Data, describe
+from ssl_flow.evaluation.protocols import Data
 from ssl_flow.evaluation.suite import Cell
 
 NOTE = (
@@ -69,7 +69,7 @@ def _table(data: Data, cells: list[Cell]) -> dict[str, Any]:
         "spec": data.spec,
         "data_sha256": data.digest,
         "about": data.about,
-        "protocol": describe(cells[0].settings),
+        "protocol": cells[0].settings.describe(),
         "headline": headline,
         "unit": data.unit,
         "units": units,
@@ -103,27 +103,22 @@ def as_csv(found: Sequence[dict[str, Any]]) -> str:
     file = io.StringIO()
     columns = ["data", "protocol", "version", "encoder", "score", "value", "low", "high", "std",
                "runs", "failed", "best", "better_than"]  # fmt: skip
-    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     for table in found:
+        protocol, headline = table["protocol"], table["headline"]
         for row in table["rows"]:
             line = {
-                "data": table["data"],
-                "protocol": table["protocol"]["name"],
-                "version": table["protocol"]["version"],
-                "encoder": row["encoder"],
-                "runs": len(row["runs"]),
+                "data": table["data"], "protocol": protocol["name"], "encoder": row["encoder"],
+                "version": protocol["version"], "runs": len(row["runs"]),
                 "failed": sum(bool(run["error"]) for run in row["runs"]),
-            }
+            }  # fmt: skip
             marks = {"best": int(row["best"]), "better_than": "; ".join(row["better_than"])}
-            for name, score in row["scores"].items():
-                numbers = {key: score[key] for key in ("value", "low", "high", "std")}
-                mark = marks if name == table["headline"] else {}
-                writer.writerow(line | {"score": name} | numbers | mark)
+            for name, score in (row["scores"] or {headline: {}}).items():
+                mark = marks if score and name == headline else {}
+                writer.writerow(line | {"score": name} | score | mark)
             for name, value in row["per_class"].items():
                 writer.writerow(line | {"score": f"class {name}", "value": value})
-            if not row["scores"]:
-                writer.writerow(line | {"score": table["headline"]})
     return file.getvalue()
 
 
@@ -151,11 +146,9 @@ def cells_of(table: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for row in table["rows"]:
         shown = [number(row["scores"][name]) if row["scores"] else "-" for name in names]
-        shown += [_plain(row["per_class"].get(name)) for name in classes]
-        errors = [run["error"] for run in row["runs"] if run["error"]]
-        runs = str(len(row["runs"]))
-        if errors:
-            runs = f"{len(errors)} of {runs} failed: {errors[0]}"
+        shown += [short(row["per_class"].get(name)) for name in classes]
+        runs, errors = str(len(row["runs"])), [r["error"] for r in row["runs"] if r["error"]]
+        runs = f"{len(errors)} of {runs} failed: {errors[0]}" if errors else runs
         rows.append([row["encoder"], *(shown or ["-"]), runs])
     return heads, rows
 
@@ -200,5 +193,6 @@ def split_text(table: dict[str, Any]) -> str:
     return f"Data: {table['spec']}; {'; '.join(parts)}. {over}"
 
 
-def _plain(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def short(value: float | None) -> str:
+    """A number for a cell of a table."""
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
