@@ -28,7 +28,7 @@ from ssl_flow.data.segmentation import Labelled
 from ssl_flow.evaluation.outcome import Outcome, Settings
 from ssl_flow.evaluation.pixel_features import (
     bar,
-    check_sets,
+    check_input,
     feature_levels,
     frozen,
     normalized_batches,
@@ -73,7 +73,7 @@ def run_classification(
         ValueError: an empty set, and as all protocols do.
     """
     protocol = protocol or Classification()
-    check_sets(train_set, test_set)
+    check_input(encoder, "last", train_set, test_set)
     start = time.perf_counter()
     with frozen(encoder):
         train, labels, _ = _pooled(encoder, train_set, protocol, "train features")
@@ -163,12 +163,9 @@ def fit_linear(
     weight = features.new_zeros(classes, features.shape[1]).requires_grad_()
     bias = features.new_zeros(classes).requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [weight, bias],
-        max_iter=protocol.iterations,
-        tolerance_grad=1e-6,
-        tolerance_change=1e-9,
+        [weight, bias], max_iter=protocol.iterations, tolerance_grad=1e-6, tolerance_change=1e-9,
         line_search_fn="strong_wolfe",
-    )
+    )  # fmt: skip
 
     def closure() -> Tensor:
         optimizer.zero_grad()

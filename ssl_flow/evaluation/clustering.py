@@ -35,8 +35,7 @@ from ssl_flow.evaluation.metrics import ConfusionMatrix, SegmentationScores
 from ssl_flow.evaluation.outcome import Outcome, Settings
 from ssl_flow.evaluation.pixel_features import (
     bar,
-    check_features,
-    check_sets,
+    check_input,
     frozen,
     image_features,
     resize_mask,
@@ -81,8 +80,7 @@ def run_clustering(
     """
     protocol = protocol or Clustering()
     _sklearn()  # missing: before any long work
-    check_features(encoder, protocol.features)
-    check_sets(train_set, test_set)
+    check_input(encoder, protocol.features, train_set, test_set)
     scores = SegmentationScores(test_set)
     walk = encoder, test_set, protocol.features, protocol.image_size, protocol.batch_images
     wanted = protocol.patches_per_cluster * max(protocol.overclusters, len(test_set.classes))
@@ -127,12 +125,9 @@ def run_clustering(
         seed=seed, shown_seed=seed + shown, channels=channels, patches=patches_used,
         miou_of_seeds=same.tolist(), overclustering_miou_of_seeds=over.tolist(),
     )  # fmt: skip
-    outcome.scores = {
-        "miou": float(same.mean()),
-        "miou_std": float(same.std()),
-        "overclustering_miou": float(over.mean()),
-        "overclustering_miou_std": float(over.std()),
-    }
+    outcome.scores = {}
+    for name, mious_of in (("miou", same), ("overclustering_miou", over)):
+        outcome.scores |= {name: float(mious_of.mean()), f"{name}_std": float(mious_of.std())}
     return outcome
 
 

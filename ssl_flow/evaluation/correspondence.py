@@ -112,24 +112,17 @@ def _match(
     encoder: Encoder, pair: FlowPair, queries: np.ndarray, protocol: Correspondence
 ) -> Tensor:
     """(N, 2) pixels (x, y) of the second frame that are nearest to the queries of the first."""
-    frames = [
-        Labelled(image, pair.known, f"{pair.name}, {which} frame")
-        for image, which in ((pair.first, "first"), (pair.second, "second"))
-    ]
+    names = [f"{pair.name}, {which} frame" for which in ("first", "second")]
+    frames = map(Labelled, (pair.first, pair.second), (pair.known, pair.known), names)
     _, images = next(normalized_batches(encoder, frames, 2))
-    names = [frame.name for frame in frames]
     levels, strides = feature_levels(encoder, images, protocol.features, names)
     device, (height, width) = images.device, pair.known.shape
 
     def sample(frame: int, pixels: Tensor) -> Tensor:
         """(N, sum C) with unit length over each level."""
-        return torch.cat(
-            [
-                F.normalize(sample_levels([x[frame]], [s], pixels[:, 1], pixels[:, 0]), dim=1)
-                for x, s in zip(levels, strides, strict=True)
-            ],
-            dim=1,
-        )
+        columns, rows = pixels.T
+        read = (sample_levels([x[frame]], [s], rows, columns) for x, s in zip(levels, strides))  # noqa: B905
+        return torch.cat([F.normalize(level, dim=1) for level in read], dim=1)
 
     pixels = torch.from_numpy(queries).to(device)
     asked = sample(0, pixels)  # (N, C)

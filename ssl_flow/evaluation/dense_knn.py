@@ -32,8 +32,7 @@ from ssl_flow.data.segmentation import IGNORE, SegmentationSet
 from ssl_flow.evaluation.metrics import SegmentationScores
 from ssl_flow.evaluation.outcome import Outcome, Settings
 from ssl_flow.evaluation.pixel_features import (
-    check_features,
-    check_sets,
+    check_input,
     frozen,
     image_features,
     resize_map,
@@ -69,8 +68,7 @@ def run_dense_knn(
     ImportError for search = faiss without faiss.
     """
     protocol = protocol or DenseKnn()
-    check_features(encoder, protocol.features)
-    check_sets(train_set, test_set)
+    check_input(encoder, protocol.features, train_set, test_set)
     index = _faiss_index(1) if protocol.search == "faiss" else None  # missing: before long work
     scores = SegmentationScores(test_set)
     with frozen(encoder), torch.inference_mode():

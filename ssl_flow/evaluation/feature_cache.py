@@ -47,19 +47,11 @@ def cache_features(
 ) -> list[Path]:
     """Compute the features of all images, unless they are there; what was cut off goes on.
 
-    Args:
-        encoder: frozen; on its device, in evaluation mode while this runs.
-        dataset: images with names (for what a changed image is, see `data_digest`).
-        folder: where caches are kept; one sub-folder a key.
-        features: as in `check_features`.
-        batch_images: images per forward pass. A killed process loses one such batch.
-
-    Returns:
-        A file an image, for `read_features`.
+    `folder` has one sub-folder a key (for what a changed image is, see `data_digest`). A killed
+    process loses one batch of `batch_images`. Returns a file an image, for `read_features`.
 
     Raises:
-        ValueError: an image whose features are not finite or beyond float16 (named), unknown
-            features.
+        ValueError: unknown features, or an image whose features are not finite or beyond float16.
     """
     check_features(encoder, features)
     about = [_VERSION, encoder_digest(encoder), data_digest(dataset), features]
@@ -92,14 +84,11 @@ def level_batches(
     files: Sequence[Path] | None = None,
     what: str = "features",
 ) -> Iterator[tuple[list[Labelled], list[Tensor], list[int]]]:
-    """The images of a set in order with their features, computed or out of a cache.
+    """The images of a set in order with their features, computed or out of a cache's `files`.
 
     Yields:
         Up to `batch_images` images of equal size; their levels (B, C_i, H_i, W_i), float32, or
         float16 from a cache (B = 1: no copy is made); the levels' strides.
-
-    Raises:
-        ValueError: as `feature_levels`.
     """
     if files is None:
         for items, images in normalized_batches(encoder, bar(dataset, what), batch_images):
@@ -156,10 +145,9 @@ def data_digest(dataset: SegmentationSet | Sequence[Labelled], masks: bool = Fal
 def _source(code: type | Callable[..., Any]) -> bytes:
     """The source file of a class or function; b"" for what is not written in Python."""
     try:
-        file = inspect.getsourcefile(inspect.unwrap(code))
+        return Path(str(inspect.getsourcefile(inspect.unwrap(code)))).read_bytes()
     except (TypeError, OSError):
         return b""
-    return Path(file).read_bytes() if file and Path(file).is_file() else b""
 
 
 def _float16(level: Tensor, name: str) -> Tensor:

@@ -24,12 +24,7 @@ from torch import Tensor, nn
 from ssl_flow.data.segmentation import IGNORE, Labelled, SegmentationSet
 from ssl_flow.evaluation.metrics import SegmentationScores
 from ssl_flow.evaluation.outcome import Outcome, Settings
-from ssl_flow.evaluation.pixel_features import (
-    bar,
-    check_sets,
-    feature_levels,
-    normalized_batches,
-)
+from ssl_flow.evaluation.pixel_features import bar, check_input, feature_levels, normalized_batches
 from ssl_flow.models.encoder import Encoder
 
 
@@ -98,7 +93,7 @@ def run_fine_tune(
     that is not finite (names the images).
     """
     protocol = protocol or FineTune()
-    check_sets(train_set, test_set, labelled=True)
+    check_input(encoder, "hypercolumn", train_set, test_set, labelled=True)
     scores = SegmentationScores(test_set)
     model = copy.deepcopy(encoder).requires_grad_()
     with torch.random.fork_rng():

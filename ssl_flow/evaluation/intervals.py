@@ -12,7 +12,7 @@ score stays the one over images: of a mean, the ratio of the drawn groups' sums 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,13 +28,10 @@ _CHUNK = 2**20
 class Interval:
     """A score with its uncertainty over test images, and its values over seeds."""
 
-    value: float
-    """The score; with several seeds, the mean of theirs."""
-    low: float
-    """Lower end of the interval over images; nan with fewer than two images."""
+    value: float  # the score; with several seeds, the mean of theirs
+    low: float  # lower end of the interval over images; nan with fewer than two images
     high: float
-    seeds: tuple[float, ...]
-    """The score of each seed."""
+    seeds: tuple[float, ...]  # the score of each seed
 
     @property
     def spread(self) -> float | None:
@@ -59,18 +56,14 @@ def interval_of_mean(
     """95 % interval of the mean of (N,) values, or of (S, N), the same N images under S seeds.
 
     Images are drawn for all seeds together, and each draw is averaged over the seeds. `groups`:
-    the name of each image's group, of which all or none are drawn.
-
-    Raises:
-        ValueError: another shape, no images, a value that is not finite.
+    the name of each image's group, of which all or none are drawn. ValueError for another shape,
+    no images, a value that is not finite.
     """
     table = np.atleast_2d(np.asarray(values, np.float64))  # (S, N)
     if table.ndim != 2 or not table.size or not np.isfinite(table).all():
         raise ValueError(f"expected finite values (N,) or (S, N), got {np.shape(values)}: {values}")
-    per_image = table.mean(0)
-    sums, sizes = (_grouped(x, groups) for x in (per_image, np.ones_like(per_image)))
-    draws = [w @ sums / (w @ sizes) for w in _draws(len(sums), 1, resamples, seed)]
-    return _interval(table.mean(1), np.concatenate(draws), len(sums))
+    pairs = np.stack([table, np.ones_like(table)], -1)  # sums and sizes
+    return _interval(pairs, lambda s: s[..., 0] / s[..., 1], resamples, seed, groups)
 
 
 def interval_of_miou(
@@ -79,10 +72,8 @@ def interval_of_miou(
     """95 % interval of the mIoU of images with counts (N, 3, K) (`ConfusionMatrix.sums`).
 
     Or (S, N, 3, K), the same images under S seeds. As in `ConfusionMatrix.miou`, a class that
-    neither truth nor prediction of a draw has does not count in its mean.
-
-    Raises:
-        ValueError: another shape, no counted pixel at all.
+    neither truth nor prediction of a draw has does not count in its mean. ValueError for another
+    shape or no counted pixel at all.
     """
     table = np.asarray(counts, np.float64)
     table = table[None] if table.ndim == 3 else table
@@ -90,14 +81,7 @@ def interval_of_miou(
         raise ValueError(
             f"counts of shape {table.shape}, expected (S, N, 3, K) with counted pixels"
         )
-    sums = [_grouped(s, groups) for s in table]
-    units, _, classes = sums[0].shape
-    draws = [  # one of images without any counted pixel is nan, left out of the interval
-        np.mean([miou_of(np.tensordot(w, s, 1)) for s in sums], axis=0)
-        for w in _draws(units, 3 * classes, resamples, seed)
-    ]
-    scores = np.array([miou_of(s.sum(0)) for s in sums])
-    return _interval(scores, np.concatenate(draws), units)
+    return _interval(table, miou_of, resamples, seed, groups)
 
 
 def interval_of_outcomes(
@@ -106,10 +90,8 @@ def interval_of_outcomes(
     """95 % interval of one score of one encoder, from its outcomes under one or several seeds.
 
     `values[score]` is used where the score is a mean over images, `counts` for `miou`; `groups`
-    (of `items`): see `interval_of_mean`.
-
-    Raises:
-        ValueError: outcomes on different images, or with neither values nor counts of this score.
+    (of `items`): see `interval_of_mean`. ValueError for outcomes on different images, or with
+    neither values nor counts of this score.
     """
     if not outcomes or any(o.items != outcomes[0].items for o in outcomes):
         raise ValueError("the outcomes are none, or not of the same images in the same order")
@@ -121,14 +103,25 @@ def interval_of_outcomes(
     return interval_of_miou(np.stack(counts), groups=groups)
 
 
-def _grouped(values: np.ndarray, groups: Sequence[str] | None) -> np.ndarray:
-    """(N, ...) -> (G, ...), the sum over each group."""
-    if groups is None:
-        return values
-    _, index = np.unique(groups, return_inverse=True)
-    sums = np.zeros((index.max() + 1, *values.shape[1:]))
-    np.add.at(sums, index, values)
-    return sums
+def _interval(
+    table: np.ndarray,
+    score: Callable[[np.ndarray], np.ndarray],
+    resamples: int,
+    seed: int,
+    groups: Sequence[str] | None,
+) -> Interval:
+    """The score of what is summed over the N images of (S, N, ...), averaged over S."""
+    if groups is not None:
+        members = (np.unique(groups)[:, None] == np.asarray(groups)).astype(np.float64)  # (G, N)
+        table = np.stack([np.tensordot(members, s, 1) for s in table])
+    units, width = table.shape[1], table[0, 0].size
+    draws = [  # one of images without any counted pixel is nan, left out of the interval
+        np.mean([score(np.tensordot(w, s, 1)) for s in table], axis=0)
+        for w in _draws(units, width, resamples, seed)
+    ]
+    scores = [float(score(s.sum(0))) for s in table]
+    ends = np.nanquantile(np.concatenate(draws), [0.025, 0.975]) if units > 1 else [np.nan, np.nan]
+    return Interval(float(np.mean(scores)), float(ends[0]), float(ends[1]), tuple(scores))
 
 
 def _draws(images: int, width: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
@@ -139,8 +132,3 @@ def _draws(images: int, width: int, resamples: int, seed: int) -> Iterator[np.nd
         drawn = rng.integers(0, images, (rows, images)) + np.arange(rows)[:, None] * images
         counts = np.bincount(drawn.ravel(), minlength=rows * images)
         yield counts.reshape(rows, images).astype(np.float64)
-
-
-def _interval(scores: np.ndarray, draws: np.ndarray, images: int) -> Interval:
-    low, high = np.nanquantile(draws, [0.025, 0.975]) if images > 1 else (np.nan, np.nan)
-    return Interval(float(scores.mean()), float(low), float(high), tuple(map(float, scores)))

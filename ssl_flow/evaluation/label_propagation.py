@@ -143,19 +143,16 @@ def _map(
 
 
 def propagate(query: Tensor, keys: Tensor, labels: Tensor, protocol: LabelPropagation) -> Tensor:
-    """Soft labels of a frame's cells from those of its context.
+    """Soft labels (K, h, w) of a frame's cells from those of its context.
 
-    Args:
-        query: (C, h, w), unit length over C.
-        keys: (n, C, h, w) of the n frames of context, unit length.
-        labels: (n, K, h, w), theirs.
-        protocol: neighbours over all n frames together, radius in cells, temperature.
-
-    Returns:
-        (K, h, w) mean of the neighbours' labels with weights softmax(cosine / temperature).
+    Features (C, h, w) of the frame and (n, C, h, w) of the n frames of context have unit length
+    over C, labels are (n, K, h, w). The mean of the neighbours' labels, over all n frames together,
+    with weights softmax(cosine / temperature).
     """
     (height, width), radius = query.shape[1:], protocol.radius
     result = labels.new_empty(labels.shape[1:])
+    axes = (torch.arange(side, device=query.device) for side in (height, width))
+    cells = torch.stack(torch.meshgrid(*axes, indexing="ij"))  # (2, h, w)
     for top in range(0, height, _TILE):
         for left in range(0, width, _TILE):
             tile = slice(top, top + _TILE), slice(left, left + _TILE)
@@ -164,7 +161,8 @@ def propagate(query: Tensor, keys: Tensor, labels: Tensor, protocol: LabelPropag
             found = keys[:, :, near[0], near[1]].flatten(2)  # (n, C, s)
             known = labels[:, :, near[0], near[1]].movedim(1, -1).flatten(0, 2)  # (n * s, K)
             similarity = torch.einsum("cq,ncs->qns", asked, found)
-            far = (_cells(query, tile)[:, None] - _cells(query, near)).abs().amax(-1) > radius
+            here, there = (cells[:, s[0], s[1]].flatten(1) for s in (tile, near))
+            far = (here[:, :, None] - there[:, None]).abs().amax(0) > radius
             similarity = similarity.masked_fill(far[:, None], -torch.inf).flatten(1)
             best, index = similarity.topk(min(protocol.neighbours, similarity.shape[1]), dim=1)
             weight = (best / protocol.temperature).softmax(1)  # (q, neighbours)
@@ -172,15 +170,6 @@ def propagate(query: Tensor, keys: Tensor, labels: Tensor, protocol: LabelPropag
             target = result[:, tile[0], tile[1]]
             target.copy_(soft.view_as(target))
     return result
-
-
-def _cells(like: Tensor, window: tuple[slice, ...]) -> Tensor:
-    """(N, 2) row and column of the cells of a window of a map (C, h, w), in reading order."""
-    rows, columns = (
-        torch.arange(*s.indices(n), device=like.device)
-        for s, n in zip(window, like.shape[1:], strict=True)
-    )
-    return torch.cartesian_prod(rows, columns)
 
 
 def _full_resolution(

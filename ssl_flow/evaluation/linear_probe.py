@@ -27,8 +27,7 @@ from ssl_flow.evaluation.metrics import SegmentationScores
 from ssl_flow.evaluation.outcome import Outcome, Settings
 from ssl_flow.evaluation.pixel_features import (
     bar,
-    check_features,
-    check_sets,
+    check_input,
     frozen,
     project_levels,
     sample_levels,
@@ -67,8 +66,7 @@ def run_linear_probe(
     none; by default nothing is kept.
     """
     protocol = protocol or LinearProbe()
-    check_features(encoder, protocol.features)
-    check_sets(train_set, test_set, labelled=True)
+    check_input(encoder, protocol.features, train_set, test_set, labelled=True)
     scores = SegmentationScores(test_set)
     generator = torch.Generator().manual_seed(seed)
     train_files, test_files = (

@@ -67,16 +67,13 @@ class BnProbe(Settings):
         """Of the training, for a set of so many images."""
         return self.steps
 
-    def head(self, channels: int, classes: int) -> nn.Conv2d:
-        """The classifier (B, C, h, w) -> (B, K, h, w)."""
-        convolution = nn.Conv2d(channels, classes, 1)
+    def layers(self, channels: list[int], classes: int) -> tuple[nn.Conv2d, list[nn.Module]]:
+        """The classifier of all levels, and what each goes through before."""
+        convolution = nn.Conv2d(sum(channels), classes, 1)
         nn.init.normal_(convolution.weight, std=0.01)
         nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
-        return convolution
-
-    def before(self, channels: int) -> nn.Module:
-        """What a level goes through before the classifier."""
-        return nn.Sequential(nn.Dropout2d(self.dropout), nn.BatchNorm2d(channels))
+        drop = nn.Dropout2d(self.dropout)
+        return convolution, [nn.Sequential(drop, nn.BatchNorm2d(c)) for c in channels]
 
     def optimizer(self, head: nn.Module) -> torch.optim.Optimizer:
         """AdamW."""

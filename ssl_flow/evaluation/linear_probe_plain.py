@@ -56,13 +56,9 @@ class PlainProbe(Settings):
         """Of the training, for a set of so many images."""
         return self.epochs * max(1, images // self.batch_images)
 
-    def head(self, channels: int, classes: int) -> nn.Conv2d:
-        """The classifier (B, C, h, w) -> (B, K, h, w)."""
-        return nn.Conv2d(channels, classes, 1)
-
-    def before(self, channels: int) -> nn.Module:
-        """What a level goes through before the classifier."""
-        return nn.Identity()
+    def layers(self, channels: list[int], classes: int) -> tuple[nn.Conv2d, list[nn.Module]]:
+        """The classifier of all levels, and what each goes through before."""
+        return nn.Conv2d(sum(channels), classes, 1), [nn.Identity() for _ in channels]
 
     def optimizer(self, head: nn.Module) -> torch.optim.Optimizer:
         """SGD with momentum."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_flow.data.segmentation import Labelled, SegmentationSet
+from ssl_flow.data.segmentation import IGNORE, Labelled, SegmentationSet
 from ssl_flow.evaluation.outcome import Outcome
 from ssl_flow.evaluation.pixel_features import resize_image, spread
 
@@ -29,22 +29,16 @@ class ConfusionMatrix:
     ([0.5, 0.5], 0.5, 0.667)
     """
 
-    def __init__(self, num_classes: int, ignore_index: int = 255) -> None:
-        """Start from zero counts; pixels whose target is `ignore_index` are never counted."""
-        self.ignore_index = ignore_index
+    def __init__(self, num_classes: int) -> None:
+        """Start from zero counts; pixels whose target is 255 are never counted."""
         self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)  # (true, predicted)
 
     def update(self, prediction: np.ndarray | Tensor, target: np.ndarray | Tensor) -> None:
-        """Add integer arrays of one same shape.
-
-        Raises:
-            ValueError: shapes differ, or a counted index is outside 0..num_classes-1.
-        """
+        """Add integer arrays; ValueError if shapes differ or an index is not 0..num_classes-1."""
         if tuple(prediction.shape) != tuple(target.shape):
             raise ValueError(f"prediction {prediction.shape} and target {target.shape} differ")
         predicted, true = (torch.as_tensor(x).flatten().long().cpu() for x in (prediction, target))
-        counted = true != self.ignore_index
-        predicted, true = predicted[counted], true[counted]
+        predicted, true = predicted[true != IGNORE], true[true != IGNORE]
         classes = len(self.counts)
         for what, index in (("prediction", predicted), ("target", true)):
             low, high = (int(index.min()), int(index.max())) if len(index) else (0, 0)
@@ -114,19 +108,13 @@ class SegmentationScores:
         self._items.append(item.name)
 
     def outcome(self, **details: Any) -> Outcome:  # noqa: ANN401 (whatever JSON holds)
-        """mIoU and pixel accuracy over all pixels of the set; `details` as given.
-
-        Raises:
-            ValueError: every label is ignored.
-        """
+        """mIoU and pixel accuracy over all pixels of the set; ValueError if all are ignored."""
         counts = np.stack(self._counts)
         right, true, _ = total = counts.sum(0)
         if not true.any():
             raise ValueError(f"{self._dataset.name}: no pixel to score has a label")
-        scores = {
-            "miou": float(miou_of(total)),
-            "pixel_accuracy": float(right.sum() / true.sum()),
-        }
+        accuracy = float(right.sum() / true.sum())
+        scores = {"miou": float(miou_of(total)), "pixel_accuracy": accuracy}
         iou = [None if np.isnan(v) else float(v) for v in iou_of(total)]
         per_class = dict(zip(self._dataset.classes, iou, strict=True))
         details["seconds"] = round(time.perf_counter() - self._start, 1)

@@ -21,10 +21,12 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ssl_flow.data.classification import ClassificationSet
 from ssl_flow.data.segmentation import IGNORE, Labelled, SegmentationSet
 from ssl_flow.models.encoder import EMBEDDING_STRIDE, Encoder, device_of
 from ssl_flow.models.head import to_stride
 
+LabelledSet = SegmentationSet | ClassificationSet
 bar = partial(tqdm, leave=False, disable=None)
 """A progress bar; none where stderr is no terminal."""
 
@@ -56,11 +58,19 @@ def check_features(encoder: Encoder, name: str) -> None:
         raise ValueError(f"this encoder has no features {name!r}; it has {', '.join(known)}")
 
 
-def check_sets(train_set: Any, test_set: Any, labelled: bool = False) -> None:  # noqa: ANN401
-    """ValueError unless the classes agree and, if asked, some training pixel has a label."""
+def check_input(
+    encoder: Encoder,
+    features: str,
+    train_set: LabelledSet,
+    test_set: LabelledSet,
+    labelled: bool = False,
+) -> None:
+    """`check_features`; ValueError unless classes agree and, if asked, a training pixel has one."""
+    check_features(encoder, features)
     if list(train_set.classes) != list(test_set.classes):
         raise ValueError(f"classes differ: train {train_set.classes}, test {test_set.classes}")
-    if labelled and all((item.mask == IGNORE).all() for item in train_set):
+    masks = (item.mask for item in train_set) if isinstance(train_set, SegmentationSet) else ()
+    if labelled and all((mask == IGNORE).all() for mask in masks):
         raise ValueError(f"{train_set.name}: no training pixel has a label")
 
 
@@ -185,23 +195,15 @@ def image_features(
     batch: int = 8,
     what: str = "features",
 ) -> Iterator[tuple[Labelled, Tensor, int]]:
-    """Every item of a set with its features, image by image.
+    """Every item of a set with its features, image by image; ValueError as of `feature_levels`.
 
-    Args:
-        encoder: in eval mode.
-        dataset: labelled images.
-        features: see `check_features`. Of a hypercolumn the coarser levels are brought to the
-            finest one bilinearly and concatenated, one image at a time.
-        size: side of the square to which images are brought first; None: as they are.
-        batch: images in a forward pass (no influence on the result).
-        what: the progress bar's text.
+    Images are brought to a square of side `size`, if given, and encoded `batch` at a time (no
+    influence on the result). Of a hypercolumn the coarser levels are brought to the finest one
+    bilinearly and concatenated, one image at a time. `what` is the progress bar's text.
 
     Yields:
         The item (its image as it was encoded, its mask as on the disk); its map
         (C, ceil(H/s), ceil(W/s)) in float32; the stride s.
-
-    Raises:
-        ValueError: as `feature_levels`.
     """
     resized = (
         item if size is None else item._replace(image=resize_image(item.image, (size, size)))
@@ -234,12 +236,9 @@ def sample_levels(
             neighbours(pixels.to(level.device), stride, count)
             for pixels, count in ((rows, height), (columns, width))
         )
-        corners = [
-            cells[y[i] * width + x[j]].float() * (v[i] * u[j])[:, None]
-            for i in (0, 1)
-            for j in (0, 1)
-        ]
-        sampled.append(torch.stack(corners).sum(0))
+        corners = ((i, j) for i in (0, 1) for j in (0, 1))
+        read = [cells[y[i] * width + x[j]].float() * (v[i] * u[j])[:, None] for i, j in corners]
+        sampled.append(torch.stack(read).sum(0))
     return torch.cat(sampled, dim=1)
 
 

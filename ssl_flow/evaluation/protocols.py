@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tyro
@@ -32,18 +32,14 @@ from ssl_flow.evaluation.segmentation_head import run_segmentation_head
 from ssl_flow.models import Encoder
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A protocol of the suite."""
 
     settings: type[Settings]
     run: Callable[..., Outcome]
-    kind: str = "segmentation"
-    """Of the data: segmentation, videos, images, pairs."""
-    seeded: bool = True
-    """Whether something in it is drawn. If not, one run says it all, but for random encoders."""
-    cached: bool = False
-    """Whether it can keep its features on the disk."""
+    kind: str = "segmentation"  # of the data: or videos, images, pairs
+    seeded: bool = True  # something in it is drawn; else one run says it all of one encoder
+    cached: bool = False  # it can keep its features on the disk
 
 
 PROTOCOLS = {
@@ -75,15 +71,11 @@ class Data:
     spec: str
     name: str
     kind: str
-    sets: tuple[Any, ...]
-    """What the protocols of this kind take after the encoder."""
-    shown: SegmentationSet
-    """The images that are scored, for pictures; a mask of zeros where there is none."""
-    seen: SegmentationSet
-    """The images that give a random encoder its BatchNorm statistics."""
+    sets: tuple[Any, ...]  # what the protocols of this kind take after the encoder
+    shown: SegmentationSet  # the images that are scored; a mask of zeros where there is none
+    seen: SegmentationSet  # the images that give a random encoder its BatchNorm statistics
     about: dict[str, Any]
-    unit: str
-    """Over what intervals are taken: images, sequences, pairs."""
+    unit: str  # over what intervals are taken: images, sequences, pairs
     digest: str
 
     def unit_of(self, item: str) -> str:
@@ -100,11 +92,7 @@ def fits(kind: str, spec: str) -> bool:
 
 
 def open_data(kind: str, spec: str) -> Data:
-    """Open and check a labelled set.
-
-    Raises:
-        ValueError, FileNotFoundError: as its adapter says.
-    """
+    """Open and check a labelled set; ValueError, FileNotFoundError as its adapter says."""
     sets: tuple[Any, ...]
     if kind == "segmentation":
         sets = seen, shown = open_segmentation(spec, "train"), open_segmentation(spec, "test")
@@ -155,9 +143,7 @@ def run_protocol(
 def parse_settings(protocols: Sequence[str], changes: Sequence[str]) -> dict[str, Settings]:
     """Protocol -> its settings, with changes such as `dense-knn.neighbours=20`.
 
-    Raises:
-        ValueError: an unknown protocol or setting.
-        SystemExit: a value that does not fit, told by the parser.
+    ValueError for an unknown protocol or setting; SystemExit by the parser for a wrong value.
     """
     flags: dict[str, list[str]] = {name: [] for name in protocols}
     for unknown in [name for name in protocols if name not in PROTOCOLS]:

@@ -88,8 +88,6 @@ def read_run(folder: Path) -> RunLog:
 def _flat(config: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
+        nested = isinstance(value, dict)
+        found |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return found

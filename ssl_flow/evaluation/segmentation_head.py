@@ -25,14 +25,7 @@ from ssl_flow.evaluation.linear_probe_bn import BnProbe
 from ssl_flow.evaluation.linear_probe_plain import PlainProbe
 from ssl_flow.evaluation.metrics import SegmentationScores
 from ssl_flow.evaluation.outcome import Outcome
-from ssl_flow.evaluation.pixel_features import (
-    bar,
-    check_features,
-    check_sets,
-    feature_levels,
-    frozen,
-    resize_map,
-)
+from ssl_flow.evaluation.pixel_features import bar, check_input, feature_levels, frozen, resize_map
 from ssl_flow.models.encoder import Encoder, device_of
 
 Probe = BnProbe | PlainProbe
@@ -50,8 +43,7 @@ def run_segmentation_head(
     `seed` is that of the head's first weights, its dropout, the batches and the augmentation.
     """
     protocol = protocol or BnProbe()
-    check_features(encoder, protocol.features)
-    check_sets(train_set, test_set, labelled=True)
+    check_input(encoder, protocol.features, train_set, test_set, labelled=True)
     scores = SegmentationScores(test_set)
     with frozen(encoder), torch.random.fork_rng():
         torch.manual_seed(seed)  # the head's weights and dropout draw from the global generator
@@ -79,8 +71,8 @@ class LevelHead(nn.Module):
         """`channels` of the levels."""
         super().__init__()
         self.channels = channels
-        self.convolution = protocol.head(sum(channels), classes)
-        self.before = nn.ModuleList(protocol.before(c) for c in channels)
+        self.convolution, before = protocol.layers(channels, classes)
+        self.before = nn.ModuleList(before)
 
     def forward(self, levels: list[Tensor]) -> list[Tensor]:
         """(B, C_i, h_i, w_i) -> (B, K, h_i, w_i); their sum at a pixel is its scores."""
@@ -155,12 +147,9 @@ def _encode(
     return [torch.cat(level) for level in zip(*parts, strict=True)], strides
 
 
-Examples = tuple[list[np.ndarray], list[np.ndarray], list[str]]
-
-
 def _examples(
     dataset: SegmentationSet, protocol: Probe, rng: np.random.Generator
-) -> Iterator[Examples]:
+) -> Iterator[tuple[list[np.ndarray], list[np.ndarray], list[str]]]:
     """Without end: augmented images, masks, names of a batch; the next one is read meanwhile.
 
     The images are in a random order; an epoch's incomplete last batch is left out.

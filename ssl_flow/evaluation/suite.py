@@ -67,12 +67,10 @@ class Cell:
 
 
 def plan(options: Options, settings: dict[str, Settings]) -> list[Cell]:
-    """All cells, with the outcomes that are there already.
+    """All cells, with the outcomes that are there already; makes the output folder.
 
-    Loads every encoder once, opens all data and makes the output folder.
-
-    Raises:
-        ValueError, OSError, ImportError, WeightsError: anything that could be wrong with the input.
+    Loads every encoder once and opens all data, and raises ValueError, OSError, ImportError or
+    WeightsError for anything that could be wrong with the input.
     """
     if not (options.encoders and options.data and settings):
         raise ValueError("give at least one encoder, one data set and one protocol")
@@ -129,9 +127,9 @@ def parse_row(text: str, seeds: int) -> tuple[str, list[tuple[str, int]]]:
     specs = [part.strip() for part in rest.split(",") if part.strip()]
     if not specs:
         raise ValueError(f"empty encoder {text!r}")
-    if len(specs) > 1:
-        return name, [(s, i if s.startswith("random:") else 0) for i, s in enumerate(specs)]
-    return name, [(specs[0], seed) for seed in range(seeds)]
+    if len(specs) == 1:
+        return name, [(specs[0], seed) for seed in range(seeds)]
+    return name, [(s, i if s.startswith("random:") else 0) for i, s in enumerate(specs)]
 
 
 def _check_encoder(spec: str, seed: int, settings: dict[str, Settings]) -> str:

@@ -43,17 +43,17 @@ small, .note { color: #888; font-size: .85em } .failed { color: #c0392b }
 <li class="failed">{{ failure }}</li>{% endfor %}</ul>{% endif %}
 {% for table in tables %}
 <h2>{{ table.title }}</h2>
-{{ grid(table.heads, table.rows) }}
+{{ grid(*table.grid) }}
 <p>{{ table.verdict }}</p>
 {% if table.bars %}<img alt="{{ table.title }}" src="{{ table.bars }}">{% endif %}
 
 <p class="note">Protocol: {{ table.settings }}<br>{{ table.split }} Dots in the plot:
 single runs, where there are several.</p>
-{% if table.per_class %}<details><summary>Score of each class</summary>
+{% if table.per_class[1] %}<details><summary>Score of each class</summary>
 {{ grid(*table.per_class) }}</details>{% endif %}
 {% if table.strips %}<h3>Predictions</h3>{{ strips(table.strips) }}
 <p class="note">{% for name, color in table.legend %}<span class="swatch"
- style="background: {{ color }}"></span>{{ name }}{% endfor %}
+ style="background: rgb({{ color | join(',') }})"></span>{{ name }}{% endfor %}
 <span class="swatch" style="background: rgb(224, 224, 192)"></span>ignored</p>{% endif %}
 {% if table.hardest %}<h3>Hardest {{ table.hardest.what }}</h3>
 {% if table.hardest.strips %}{{ strips(table.hardest.strips) }}{% endif %}
@@ -79,8 +79,9 @@ from the smallest value in these images (dark) to the largest (bright), for each
 </p>{% endif %}
 {% endfor %}
 <h2>How this was made</h2>
-<pre class="command">{{ command }}</pre>
-<p>{{ date }}; {{ versions }}.</p>
+<pre class="command">{{ results.command }}</pre>
+<p>{{ results.date }}; {% for key, value in results.versions.items() %}{{ key }} {{ value }}
+{% endfor %}</p>
 {{ grid(*encoders) }}
 <br>{{ grid(*data_sets) }}
 <script>
