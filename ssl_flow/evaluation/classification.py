@@ -26,13 +26,7 @@ from torch import Tensor
 from ssl_flow.data.classification import ClassificationSet
 from ssl_flow.data.segmentation import Labelled
 from ssl_flow.evaluation.outcome import Outcome, Settings
-from ssl_flow.evaluation.pixel_features import (
-    bar,
-    check_input,
-    feature_levels,
-    frozen,
-    normalized_batches,
-)
+from ssl_flow.evaluation.pixel_features import bar, check_input, frozen, image_levels
 from ssl_flow.models.encoder import Encoder
 
 _ROWS = 4096  # images compared or fitted at once; no influence on the result
@@ -118,8 +112,7 @@ def _pooled(
     pooled = []
     labels: list[int] = []
     names: list[str] = []
-    for items, batch in normalized_batches(encoder, cropped(), protocol.batch_images):
-        (last,), _ = feature_levels(encoder, batch, "last", [item.name for item in items])
+    for _, (last,), _ in image_levels(encoder, cropped(), "last", protocol.batch_images):
         pooled.append(last.mean((2, 3)))
     return torch.cat(pooled), torch.tensor(labels, device=pooled[0].device), names
 

@@ -29,9 +29,8 @@ from ssl_flow.evaluation.outcome import Outcome, Settings
 from ssl_flow.evaluation.pixel_features import (
     bar,
     check_features,
-    feature_levels,
     frozen,
-    normalized_batches,
+    image_levels,
     sample_levels,
 )
 from ssl_flow.models.encoder import Encoder
@@ -114,16 +113,16 @@ def _match(
     """(N, 2) pixels (x, y) of the second frame that are nearest to the queries of the first."""
     names = [f"{pair.name}, {which} frame" for which in ("first", "second")]
     frames = map(Labelled, (pair.first, pair.second), (pair.known, pair.known), names)
-    _, images = next(normalized_batches(encoder, frames, 2))
-    levels, strides = feature_levels(encoder, images, protocol.features, names)
-    device, (height, width) = images.device, pair.known.shape
+    maps = [found[1:] for found in image_levels(encoder, frames, protocol.features, 2)]
 
     def sample(frame: int, pixels: Tensor) -> Tensor:
         """(N, sum C) with unit length over each level."""
-        columns, rows = pixels.T
-        read = (sample_levels([x[frame]], [s], rows, columns) for x, s in zip(levels, strides))  # noqa: B905
+        read = (
+            sample_levels([x[0]], [s], *pixels.T.flip(0)) for x, s in zip(*maps[frame], strict=True)
+        )
         return torch.cat([F.normalize(level, dim=1) for level in read], dim=1)
 
+    device, (height, width) = maps[0][0][0].device, pair.known.shape
     pixels = torch.from_numpy(queries).to(device)
     asked = sample(0, pixels)  # (N, C)
     best, found = asked.new_full((len(asked),), -torch.inf), torch.zeros_like(pixels)

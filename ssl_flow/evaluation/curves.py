@@ -118,9 +118,6 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[RunLog]) -> None:
     for number, run in enumerate(runs):
         for index, (key, label) in enumerate(panel.keys.items()):
             steps, values = run.curve(key)
-            if panel.scale == "log":
-                pairs = [(s, v) for s, v in zip(steps, values, strict=True) if v > 0]
-                steps, values = [s for s, _ in pairs], [v for _, v in pairs]
             if not values or (index and not bounded):
                 continue
             style = _style(number + index)
@@ -146,7 +143,7 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[RunLog]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if panel.scale == "log":
-        axes.set_yscale("log")
+        axes.set_yscale("log", nonpositive="mask")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_formatter(NullFormatter())
     elif panel.scale == "from_zero":

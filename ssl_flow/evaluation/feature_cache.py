@@ -27,10 +27,9 @@ from ssl_flow.data.segmentation import Labelled, SegmentationSet
 from ssl_flow.evaluation.pixel_features import (
     bar,
     check_features,
-    feature_levels,
     feature_strides,
     frozen,
-    normalized_batches,
+    image_levels,
 )
 from ssl_flow.flow.shard import write_atomically
 from ssl_flow.models.encoder import Encoder, device_of
@@ -62,11 +61,9 @@ def cache_features(
     left = iter(missing)
     items = (dataset[index] for index in bar(missing, "features"))
     with frozen(encoder), torch.inference_mode():
-        for batch, images in normalized_batches(encoder, items, batch_images):
-            levels, _ = feature_levels(encoder, images, features, [item.name for item in batch])
-            for i, item in enumerate(batch):
-                maps = {str(k): _float16(x[i], item.name) for k, x in enumerate(levels)}
-                write_atomically(files[next(left)], save(maps))
+        for item, levels, _ in image_levels(encoder, items, features, batch_images):
+            maps = {str(k): _float16(x[0], item.name) for k, x in enumerate(levels)}
+            write_atomically(files[next(left)], save(maps))
     return files
 
 
@@ -76,28 +73,21 @@ def read_features(file: Path) -> list[Tensor]:
     return [maps[str(k)].permute(2, 0, 1) for k in range(len(maps))]
 
 
-def level_batches(
+def cached_levels(
     encoder: Encoder,
     dataset: SegmentationSet,
     features: str,
     batch_images: int,
     files: Sequence[Path] | None = None,
     what: str = "features",
-) -> Iterator[tuple[list[Labelled], list[Tensor], list[int]]]:
-    """The images of a set in order with their features, computed or out of a cache's `files`.
-
-    Yields:
-        Up to `batch_images` images of equal size; their levels (B, C_i, H_i, W_i), float32, or
-        float16 from a cache (B = 1: no copy is made); the levels' strides.
-    """
+) -> Iterator[tuple[Labelled, list[Tensor], list[int]]]:
+    """As `image_levels`; out of a cache's `files`, where there are any: float16, not copied."""
     if files is None:
-        for items, images in normalized_batches(encoder, bar(dataset, what), batch_images):
-            names = [item.name for item in items]
-            yield items, *feature_levels(encoder, images, features, names)
+        yield from image_levels(encoder, bar(dataset, what), features, batch_images)
         return
     device, strides = device_of(encoder), feature_strides(encoder, features)
     for item, file in zip(bar(dataset, what), files, strict=True):
-        yield [item], [level[None].to(device) for level in read_features(file)], strides
+        yield item, [level[None].to(device) for level in read_features(file)], strides
 
 
 def encoder_digest(encoder: nn.Module) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssl_flow.data.segmentation import IGNORE, Labelled, SegmentationSet
 from ssl_flow.evaluation.pictures import Tile, pca_rgb
-from ssl_flow.evaluation.pixel_features import feature_levels, normalized_batches
+from ssl_flow.evaluation.pixel_features import image_levels
 from ssl_flow.models.encoder import Encoder
 from ssl_flow.models.head import to_stride
 
@@ -83,8 +83,7 @@ def joint_maps(encoder: Encoder, images: np.ndarray) -> tuple[Tensor, int]:
     rows, columns = (-(-side // stride) for side in images.shape[1:3])
     items = [Labelled(image, image[..., 0], f"picture {i}") for i, image in enumerate(images)]
     parts = []
-    for (item,), batch in normalized_batches(encoder, items, 1):
-        levels, strides = feature_levels(encoder, batch, "hypercolumn", [item.name])
+    for _, levels, strides in image_levels(encoder, items, "hypercolumn", 1):
         same = [
             F.normalize(to_stride(level, s, stride)[..., :rows, :columns], dim=1)
             for level, s in zip(levels, strides, strict=True)

@@ -24,7 +24,13 @@ from torch import Tensor, nn
 from ssl_flow.data.segmentation import IGNORE, Labelled, SegmentationSet
 from ssl_flow.evaluation.metrics import SegmentationScores
 from ssl_flow.evaluation.outcome import Outcome, Settings
-from ssl_flow.evaluation.pixel_features import bar, check_input, feature_levels, normalized_batches
+from ssl_flow.evaluation.pixel_features import (
+    bar,
+    check_input,
+    feature_levels,
+    image_levels,
+    normalized_batches,
+)
 from ssl_flow.models.encoder import Encoder
 
 
@@ -103,8 +109,7 @@ def run_fine_tune(
     model.eval()
     decoder.eval()
     with torch.no_grad():  # one image at a time: logits at full resolution are large
-        for (item,), images in normalized_batches(model, bar(test_set, "test"), 1):
-            levels, _ = feature_levels(model, images, "hypercolumn", [item.name])
+        for item, levels, _ in image_levels(model, bar(test_set, "test"), "hypercolumn", 1):
             logits = decoder(levels, item.mask.shape)
             scores.add(item, logits[0].argmax(0).byte().cpu().numpy())
     parameters = sum(p.numel() for m in (model, decoder) for p in m.parameters())

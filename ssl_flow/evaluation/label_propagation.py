@@ -27,14 +27,7 @@ from ssl_flow.data.davis import Video
 from ssl_flow.data.labelled import Labelled
 from ssl_flow.evaluation.metrics import EXAMPLES
 from ssl_flow.evaluation.outcome import Outcome, Settings
-from ssl_flow.evaluation.pixel_features import (
-    bar,
-    check_features,
-    feature_levels,
-    frozen,
-    normalized_batches,
-    spread,
-)
+from ssl_flow.evaluation.pixel_features import bar, check_features, frozen, image_levels, spread
 from ssl_flow.evaluation.video_metrics import davis_summary, sequence_scores
 from ssl_flow.models.encoder import Encoder
 
@@ -137,8 +130,8 @@ def _map(
     long = max(64, int(short * max(height, width) / min(height, width) / 64) * 64)
     size = (long, short) if height > width else (short, long)
     resized = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
-    _, images = next(normalized_batches(encoder, [Labelled(resized, resized, name)], 1))
-    levels, strides = feature_levels(encoder, images, features, [name])
+    item = Labelled(resized, resized, name)
+    _, levels, strides = next(image_levels(encoder, [item], features))
     return F.normalize(levels[0][0], dim=0), strides[0], size
 
 

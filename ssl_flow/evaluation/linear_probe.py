@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_flow.data.segmentation import IGNORE, SegmentationSet
-from ssl_flow.evaluation.feature_cache import cache_features, level_batches
+from ssl_flow.evaluation.feature_cache import cache_features, cached_levels
 from ssl_flow.evaluation.metrics import SegmentationScores
 from ssl_flow.evaluation.outcome import Outcome, Settings
 from ssl_flow.evaluation.pixel_features import (
@@ -98,7 +98,7 @@ def _collect(
     """
     features, labels, slots = torch.empty(0), torch.empty(0), torch.empty(0)
     limit, filled = 0, 0
-    for items, levels, strides in level_batches(
+    for item, levels, strides in cached_levels(
         encoder, dataset, protocol.features, protocol.batch_images, files, "train features"
     ):
         if not limit:  # the first image tells the number of channels
@@ -109,18 +109,17 @@ def _collect(
             features = torch.empty(size, dtype=torch.float16, device=device)
             labels = torch.full([len(features)], -1, device=device)
             slots = torch.randperm(len(features), generator=generator).to(labels)
-        for i, item in enumerate(items):
-            mask = torch.from_numpy(item.mask)
-            rows, columns = (mask != IGNORE).nonzero(as_tuple=True)
-            chosen = torch.randperm(len(rows), generator=generator)[:limit]
-            rows, columns = rows[chosen], columns[chosen]
-            sampled = sample_levels([x[i] for x in levels], strides, rows, columns).half()
-            if not sampled.isfinite().all():
-                raise ValueError(f"features of {item.name} exceed float16's range (65504)")
-            slot = slots[filled : filled + len(rows)]
-            features[slot] = sampled
-            labels[slot] = mask[rows, columns].to(labels)
-            filled += len(rows)
+        mask = torch.from_numpy(item.mask)
+        rows, columns = (mask != IGNORE).nonzero(as_tuple=True)
+        chosen = torch.randperm(len(rows), generator=generator)[:limit]
+        rows, columns = rows[chosen], columns[chosen]
+        sampled = sample_levels([x[0] for x in levels], strides, rows, columns).half()
+        if not sampled.isfinite().all():
+            raise ValueError(f"features of {item.name} exceed float16's range (65504)")
+        slot = slots[filled : filled + len(rows)]
+        features[slot] = sampled
+        labels[slot] = mask[rows, columns].to(labels)
+        filled += len(rows)
     if filled < len(features):  # some image has fewer labelled pixels than the limit
         features, labels = features[labels >= 0], labels[labels >= 0]
     return features, labels, limit
@@ -187,10 +186,8 @@ def _score(
     scores: SegmentationScores,
     files: Sequence[Path] | None,
 ) -> None:
-    for items, levels, strides in level_batches(
+    for item, levels, strides in cached_levels(
         encoder, dataset, protocol.features, protocol.batch_images, files, "test"
     ):
-        for i, item in enumerate(items):  # one at a time: all logits at once would be large
-            own = [level[i : i + 1] for level in levels]
-            logits = project_levels(own, strides, weight, bias, item.mask.shape)
-            scores.add(item, logits[0].argmax(0).byte().cpu().numpy())
+        logits = project_levels(levels, strides, weight, bias, item.mask.shape)
+        scores.add(item, logits[0].argmax(0).byte().cpu().numpy())

@@ -174,6 +174,20 @@ def feature_levels(
     return levels, strides
 
 
+def image_levels(
+    encoder: Encoder, images: Iterable[Labelled], features: str, batch: int = 8
+) -> Iterator[tuple[Labelled, list[Tensor], list[int]]]:
+    """Every image with its maps (1, C_i, H_i, W_i) and strides, as of `feature_levels`.
+
+    `batch` images of equal size go through the encoder at a time (no influence on the result).
+    """
+    for items, pixels in normalized_batches(encoder, images, batch):
+        names = [item.name for item in items]
+        levels, strides = feature_levels(encoder, pixels, features, names)
+        for i, item in enumerate(items):
+            yield item, [level[i : i + 1] for level in levels], strides
+
+
 def feature_strides(encoder: Encoder, features: str) -> list[int]:
     """The strides of the levels that `feature_levels` gives."""
     return [EMBEDDING_STRIDE] if features == "embedding" else encoder.strides[_stages(features)]
@@ -209,15 +223,13 @@ def image_features(
         item if size is None else item._replace(image=resize_image(item.image, (size, size)))
         for item in bar(dataset, what)
     )
-    for group, images in normalized_batches(encoder, resized, batch):
-        levels, strides = feature_levels(encoder, images, features, [item.name for item in group])
+    for item, levels, strides in image_levels(encoder, resized, features, batch):
         rows, columns = levels[0].shape[-2:]
-        for i, item in enumerate(group):
-            same = [
-                to_stride(level[i : i + 1], stride, strides[0])[0, :, :rows, :columns]
-                for level, stride in zip(levels, strides, strict=True)
-            ]
-            yield item, torch.cat(same), strides[0]
+        same = [
+            to_stride(level, stride, strides[0])[0, :, :rows, :columns]
+            for level, stride in zip(levels, strides, strict=True)
+        ]
+        yield item, torch.cat(same), strides[0]
 
 
 def sample_levels(

@@ -17,9 +17,9 @@ from ssl_flow.data.segmentation import Labelled, SegmentationSet, open_segmentat
 from ssl_flow.evaluation import LinearProbe, run_linear_probe
 from ssl_flow.evaluation.feature_cache import (
     cache_features,
+    cached_levels,
     data_digest,
     encoder_digest,
-    level_batches,
     read_features,
 )
 from ssl_flow.evaluation.pixel_features import sample_levels
@@ -251,5 +251,5 @@ def test_features_that_float16_holds_give_the_very_same_result(tmp_path):
             assert np.array_equal(found[2], expected[2])
     cache = cache_features(encoder, train, tmp_path)
     for options in ({}, {"files": cache}):
-        batches = list(level_batches(encoder, train, "hypercolumn", 4, **options))
-        assert [item.name for items, _, _ in batches for item in items] == train.names
+        found = cached_levels(encoder, train, "hypercolumn", 4, **options)
+        assert [item.name for item, _, _ in found] == train.names
