@@ -11,9 +11,14 @@ from pathlib import Path
 import tyro
 from jinja2 import Environment
 
-from ssl_flow.evaluation.curves import draw_curves, drawable_panels
+from ssl_flow.evaluation.curves import (
+    RunLog,
+    draw_curves,
+    drawable_panels,
+    is_number,
+    read_run,
+)
 from ssl_flow.evaluation.pictures import data_uri
-from ssl_flow.evaluation.run_log import RunLog, is_number, read_run
 from ssl_flow.flow.shard import write_atomically
 
 _PAGE = """<!doctype html>

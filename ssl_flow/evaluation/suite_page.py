@@ -25,7 +25,6 @@ small, .note { color: #888; font-size: .85em } .failed { color: #c0392b }
 .marked button.on { background: #d55e00 }
 .swatch { display: inline-block; width: .9em; height: .9em; margin: 0 .3em 0 1em;
   vertical-align: -.1em; border: 1px solid #8888 }
-.names { display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; gap: 4px }
 @media print { .marked button:not(.on) { display: none } details { break-inside: avoid } }
 </style></head><body>
 {% macro strips(rows) %}<div class="strips">{% for label, picture in rows %}

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import yaml
 
-from ssl_flow.evaluation.curves import draw_curves, drawable_panels, exponential_mean
-from ssl_flow.evaluation.run_log import read_run
+from ssl_flow.evaluation.curves import draw_curves, drawable_panels, exponential_mean, read_run
 
 FULL = {"loss": 6.0, "constant_loss": 6.9, "random_loss": 7.2, "target_entropy": 5.0,
         "effective_rank": 9.0, "embedding_std": 0.2, "gradient_norm": 0.5, "learning_rate": 1e-3,
