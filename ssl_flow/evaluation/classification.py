@@ -20,6 +20,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision.transforms.functional as V
 from PIL import Image
 from torch import Tensor
 
@@ -119,12 +120,8 @@ def _pooled(
 
 def center_crop(image: np.ndarray, resize: int, crop: int) -> np.ndarray:
     """(H, W, 3) uint8 -> (crop, crop, 3): shorter side to `resize`, bicubic, then the middle."""
-    height, width = image.shape[:2]
-    # The longer side is cut to whole pixels and the border rounded, as in torchvision.
-    size = (resize * width // min(height, width), resize * height // min(height, width))
-    resized = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
-    left, top = (round((side - crop) / 2) for side in size)
-    return np.asarray(resized.crop((left, top, left + crop, top + crop)))
+    resized = V.resize(Image.fromarray(image), [resize], V.InterpolationMode.BICUBIC)
+    return np.asarray(V.center_crop(resized, [crop, crop]))
 
 
 def knn_votes(
