@@ -99,9 +99,7 @@ def measure(options: argparse.Namespace, folder: Path) -> str:
     ]
     scores = []
     for label, cache in runs:
-        result = linear_probe.run_linear_probe(
-            encoder, train, test, protocol, progress=False, cache=cache
-        )
+        result = linear_probe.run_linear_probe(encoder, train, test, protocol, cache=cache)
         scores.append(f"{label} {result.scores['miou']:.4f}")
         seconds = clock.take()
         rows = [(text, seconds[name]) for name, text in PARTS.items() if name in seconds]
