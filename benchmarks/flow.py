@@ -33,8 +33,7 @@ from flow_accuracy import cpu_model
 
 from ssl_flow.data.flow_pairs import read_flow_pair
 from ssl_flow.flow import OPTIONS, Frame, Source, extract, optical_flow, read_frames
-from ssl_flow.flow.estimators import grey, optical_flows
-from ssl_flow.flow.opencv import METHODS as OPENCV_METHODS
+from ssl_flow.flow.estimators import OPENCV_METHODS, grey, optical_flows
 from ssl_flow.flow.pairs import is_still, pair_frames
 
 SIZE, GAP, BATCH = 256, 0.1, 32

@@ -3,15 +3,13 @@
 Needs OpenCV and NumPy only; what else a function needs is imported where it is used.
 """
 
-from .codec import decode_flow, encode_flow
-from .color import flow_to_rgb
-from .container import VideoError
+from .codec import decode_flow, encode_flow, flow_to_rgb
 from .estimators import OPTIONS, flow_validity, optical_flow, optical_flows
 from .extract import Summary, extract
 from .shard import StoreError
 from .sources import Problem, Source, find_sources
 from .store import FlowStore, Sample
-from .video import Frame, read_frames
+from .video import Frame, VideoError, read_frames
 
 __all__ = [
     "OPTIONS",

@@ -15,10 +15,10 @@ from typing import Annotated, Literal, NoReturn
 
 import tyro
 
+from .estimators import OPTIONS, Option
 from .extract import Summary, check_settings, extract
 from .job import Settings
-from .options import OPTIONS, Option
-from .plan import Plan, make_plan
+from .plan import make_plan
 from .pool import TIMEOUT
 from .problems import PROBLEMS_FILE, ProblemError
 from .sources import find_sources, part_of
@@ -76,10 +76,10 @@ def flow_command(argv: Sequence[str]) -> int:
             return _run(command)
     except KeyboardInterrupt as interrupt:
         kept = "videos that were finished are kept, repeat the call to go on"
-        _say(f"ssl-flow flow: stopped; {kept}", sys.stderr)
+        _say(f"ssl-flow flow: stopped; {kept}", error=True)
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        _say(f"ssl-flow flow: error: {error}", sys.stderr)
+        _say(f"ssl-flow flow: error: {error}", error=True)
         return 1 if isinstance(error, ProblemError) else 2
 
 
@@ -87,7 +87,12 @@ def _run(command: FlowCommand) -> int:
     workers, device, timeout = command.workers, command.device, command.timeout
     if workers < 1 or timeout < 0:
         raise ValueError(f"--workers must be at least 1, --timeout 0; got {workers}, {timeout:g}")
-    part = _parse_part(command.shard)
+    number, slash, count = command.shard.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise ValueError(
+            f"--shard expects i/n with i from 1 to n, such as 2/8, got {command.shard!r}"
+        )
+    part = int(number), int(count)
     sources, problems = find_sources(command.paths)
     settings = Settings(
         command.method,
@@ -100,8 +105,7 @@ def _run(command: FlowCommand) -> int:
     )
     if command.dry_run:
         settings, sources = check_settings(settings, device), part_of(sources, *part)
-        plan = make_plan(sources, command.out, settings, workers, device, timeout)
-        _print_plan(plan, command, len(problems))
+        _say(make_plan(sources, command.out, settings, workers, device, timeout))
         return 0
     summary = extract(
         sources,
@@ -120,9 +124,8 @@ def _run(command: FlowCommand) -> int:
     if part[1] > 1:
         last = "the same command without --shard, or merge-flow for stores of their own"
         _say(f"manifest and duplicates are written when all parts are done, by {last}")
-        return 0
-    if summary.pairs + summary.known_pairs == 0 and len(FlowStore(command.out)) == 0:
-        _say(f"ssl-flow flow: error: {command.out} holds no pair", sys.stderr)
+    elif summary.pairs + summary.known_pairs == 0 and len(FlowStore(command.out)) == 0:
+        _say(f"ssl-flow flow: error: {command.out} holds no pair", error=True)
         return 1
     return 0
 
@@ -142,13 +145,6 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _parse_part(text: str) -> tuple[int, int]:
-    number, slash, count = text.partition("/")
-    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise ValueError(f"--shard expects i/n with i from 1 to n, such as 2/8, got {text!r}")
-    return int(number), int(count)
 
 
 def _parse_option(text: str) -> tuple[str, Option]:
@@ -181,33 +177,8 @@ def _print_summary(summary: Summary, out: Path) -> None:
     )
 
 
-def _print_plan(plan: Plan, command: FlowCommand, problems: int) -> None:
-    todo = plan.sources - plan.already_done
-    _say(
-        f"{command.out}: {todo} of {plan.sources} videos to do ({plan.already_done} already done"
-        + (f", {problems} others are no readable files" if problems else "")
-        + f"), about {_hours(plan.video_seconds)} of video by their headers"
-    )
-    if todo and not plan.sampled:
-        _say("none of those that were tried could be read: no estimate")
-    elif todo:
-        _say(
-            f"about {plan.pairs:,.0f} pairs, {plan.bytes / 1e9:.3g} GB, {_hours(plan.seconds)} "
-            f"with {command.workers} worker(s); estimated from {plan.sampled_pairs} pairs of "
-            f"{plan.sampled} videos"
-            + (f", {plan.unusable} more could not be read" if plan.unusable else "")
-        )
-    _say("nothing was written (--dry-run)")
-
-
-def _hours(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def _say(text: str, stream: object = None) -> None:
+def _say(text: str, error: bool = False) -> None:
     """Print, whatever bytes the name of a file has and whatever the terminal can show."""
-    file = stream or sys.stdout
-    encoding = getattr(file, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=file)  # type: ignore
+    file = sys.stderr if error else sys.stdout
+    encoding = file.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=file)

@@ -6,15 +6,13 @@ import filecmp
 import os
 import shutil
 import sys
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tyro
 
-from .lock import store_lock
 from .problems import read_problems, update_problems
 from .shard import (
     StoreError,
@@ -25,6 +23,7 @@ from .shard import (
     read_index,
     replacing,
     shard_of,
+    store_lock,
     write_atomically,
 )
 from .store import SETTINGS_FILE, differing, is_store, read_settings, write_lists
@@ -85,29 +84,31 @@ def merge_stores(stores: Sequence[str | Path], out: str | Path, copy: bool = Fal
             write_atomically(target / SETTINGS_FILE, (parts[0] / SETTINGS_FILE).read_bytes())
         # First, because afterwards it is not seen any more where a source was done.
         _merge_problems(parts, files, target)
-        merged = _transfer(files, target, copy)
+        merged = Merged(sources=len(files))
+        for name, file in files.items():
+            _transfer(file, target / name, copy, merged)
         write_lists(target)
     return merged
 
 
-def _transfer(files: Mapping[Path, Path], target: Path, copy: bool) -> Merged:
-    merged = Merged(sources=len(files))
-    for name, file in files.items():
-        index, place = read_index(file), target / name
-        merged.pairs += index["pairs"]
-        if _is_done(file, place, index):
+def _transfer(file: Path, place: Path, copy: bool, merged: Merged) -> None:
+    """Bring the shard of one index file, and then that, to `place`; count it."""
+    index, shard = read_index(file), shard_of(file)
+    merged.pairs += index["pairs"]
+    with suppress(StoreError, FileNotFoundError):
+        check_size(shard_of(place), index)
+        if place.read_bytes() == file.read_bytes():
             merged.already_there += 1
-            continue
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if not copy and _link(shard_of(file), shard_of(place)):
-            merged.linked += 1
-        else:
-            check_sum(shard_of(file), index)
-            with shard_of(file).open("rb") as shard, replacing(shard_of(place)) as new:
-                shutil.copyfileobj(shard, new)
-            merged.copied += 1
-        write_atomically(place, file.read_bytes())
-    return merged
+            return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if not copy and _link(shard, shard_of(place)):
+        merged.linked += 1
+    else:
+        check_sum(shard, index)
+        with shard.open("rb") as old, replacing(shard_of(place)) as new:
+            shutil.copyfileobj(old, new)
+        merged.copied += 1
+    write_atomically(place, file.read_bytes())
 
 
 def _collect(stores: Sequence[Path]) -> dict[Path, Path]:
@@ -120,8 +121,7 @@ def _collect(stores: Sequence[Path]) -> dict[Path, Path]:
             known = files.setdefault(file.relative_to(store), file)
             same = known == file or (
                 known.read_bytes() == file.read_bytes()
-                # Version 1 has no checksum in the index.
-                and ("sha256" in index or filecmp.cmp(shard_of(known), shard_of(file), False))
+                and (index["sha256"] or filecmp.cmp(shard_of(known), shard_of(file), False))
             )
             if not same:
                 raise StoreError(
@@ -129,14 +129,6 @@ def _collect(stores: Sequence[Path]) -> dict[Path, Path]:
                     f"{shard_of(file)}: delete the one that is wrong"
                 )
     return dict(sorted(files.items()))
-
-
-def _is_done(file: Path, place: Path, index: dict[str, Any]) -> bool:
-    try:
-        check_size(shard_of(place), index)
-        return place.read_bytes() == file.read_bytes()
-    except (StoreError, FileNotFoundError):
-        return False
 
 
 def _link(shard: Path, place: Path) -> bool:
@@ -158,10 +150,9 @@ def _merge_problems(stores: Sequence[Path], files: Container[Path], target: Path
     found: dict[str, str | None] = {}
     for store in stores:
         for source, reason in read_problems(store).items():
-            try:
-                place = index_path(Path(), source)
-            except ValueError:  # a name that no store can have
-                place = Path()
+            place = Path()
+            with suppress(ValueError):  # a name that no store can have
+                place = index_path(place, source)
             mine = place not in files or (store / place).exists()
             found[source] = found.get(source) or (reason if mine else None)
     update_problems(target, found)

@@ -13,9 +13,9 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
-from multiprocessing import connection, get_context, parent_process
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import connection, get_context, parent_process, resource_tracker
 from typing import Any, Protocol, TypeVar
 
 Item = TypeVar("Item")
@@ -36,10 +36,6 @@ Results = Generator[tuple[Item, Result | None, str | None], None, None]
 TIMEOUT = 120.0  # seconds: the slowest method takes 20 s for a pair of megapixels
 DIED = "its worker process died"
 STALLED = "no progress for"
-_NO_START = (
-    "{} while it started; a script that computes with several processes needs the usual "
-    '`if __name__ == "__main__":`'
-)
 _ENDED = (-signal.SIGTERM, -signal.SIGINT)  # exit codes of a process that was told to end
 _TELL = 0.2  # seconds between two messages of a worker
 
@@ -66,24 +62,15 @@ def run(
         RuntimeError: worker processes cannot be started.
         Whatever a job raises; the other jobs are then ended.
     """
-    if workers > 0:
-        yield from _in_processes(deque(items), job, workers, report, timeout)
+    if workers == 0:
+        for item in items:
+
+            def tick(share: float = 0.0, pairs: int = 0, item: Item = item) -> None:
+                report(item, share, pairs)
+
+            yield item, job(item, tick), None
         return
-    for item in items:
-
-        def tick(share: float = 0.0, pairs: int = 0, item: Item = item) -> None:
-            report(item, share, pairs)
-
-        yield item, job(item, tick), None
-
-
-def _in_processes(
-    queue: deque[Item],
-    job: Job[Item, Result],
-    workers: int,
-    report: Report[Item],
-    timeout: float,
-) -> Results[Item, Result]:
+    queue = deque(items)
     team = [_Worker(job) for _ in range(min(workers, len(queue)))]
     ended: list[Item] = []  # items whose worker somebody has ended
     try:
@@ -95,7 +82,7 @@ def _in_processes(
                     worker.end()
                     team[index] = worker = _Worker(job)
                     if not worker.give(queue[0]):
-                        raise RuntimeError(_NO_START.format(worker.why_dead()))
+                        raise worker.no_start()
                 queue.popleft()
             started = time.monotonic()
             ready = connection.wait([worker.pipe for worker in team if worker.busy], timeout=0.5)
@@ -110,16 +97,17 @@ def _in_processes(
                         kind, *content = worker.pipe.recv()
                     except (EOFError, OSError):
                         kind, reason = "dead", worker.why_dead()
-                        if worker.process.exitcode in _ENDED and worker.item not in ended:
+                        code = worker.process.exitcode or 0
+                        # Not if it was killed: that may happen to any process at any time.
+                        if not worker.ready and code > 0:
+                            raise worker.no_start() from None
+                        if code in _ENDED and worker.item not in ended:
                             # No fault of the item: the job is being stopped, and in a moment this
                             # process will know. If not, it is tried again, once.
                             worker.end()
                             ended.append(worker.item)
                             queue.append(worker.free())
                             continue
-                        # Not if it was killed: that may happen to any process at any time.
-                        if not worker.ready and (worker.process.exitcode or 0) > 0:
-                            raise RuntimeError(_NO_START.format(reason)) from None
                     if kind == "ready":
                         worker.ready = True
                     elif kind == "tick":
@@ -181,6 +169,13 @@ class _Worker:
         hint = "killed, maybe for want of memory" if name == "SIGKILL" else "a crash in a library"
         return f"{DIED} ({name}: {hint})"
 
+    def no_start(self) -> RuntimeError:
+        """Return the error of a process that died before it could work."""
+        return RuntimeError(
+            f"{self.why_dead()} while it started; a script that computes with several processes "
+            'needs the usual `if __name__ == "__main__":`'
+        )
+
     def end(self) -> None:
         """Kill the process; what it had begun to write is no finished shard."""
         self.process.kill()
@@ -188,19 +183,18 @@ class _Worker:
         self.pipe.close()
 
 
-class _no_interrupt:
+@contextmanager
+def _no_interrupt() -> Iterator[None]:
     """Processes started in the block do not see Ctrl-C: their parent ends them."""
-
-    def __enter__(self) -> None:
-        if hasattr(signal, "pthread_sigmask"):
-            from multiprocessing import resource_tracker
-
-            resource_tracker.ensure_running()  # starting it would unblock the signal again
-            self._before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-
-    def __exit__(self, *error: object) -> None:
-        if hasattr(signal, "pthread_sigmask"):
-            signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # starting it would unblock the signal again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(pipe: connection.Connection, job: Job[Any, Any]) -> None:
@@ -227,7 +221,11 @@ def _work(pipe: connection.Connection, job: Job[Any, Any]) -> None:
             try:
                 result = job(item, tick)
             except Exception as error:
-                pipe.send(("error", _picklable(error)))
+                try:
+                    pickle.loads(pickle.dumps(error))
+                except Exception:
+                    error = RuntimeError(f"{type(error).__name__}: {error}")
+                pipe.send(("error", error))
                 continue
             told = 0.0
             tick(1.0)
@@ -240,11 +238,3 @@ def _die_with_parent() -> None:
     if parent is not None:
         connection.wait([parent.sentinel])
         os._exit(1)
-
-
-def _picklable(error: Exception) -> Exception:
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error

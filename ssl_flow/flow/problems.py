@@ -29,11 +29,7 @@ class ProblemList:
         self.problems: list[Problem] = []
 
     def note(self, source: str, reason: str | None) -> None:
-        """Take note of what is wrong with a source; None: nothing.
-
-        Raises:
-            ProblemError: the first problem, if they are to be fatal.
-        """
+        """Take note of what is wrong with a source; None: nothing."""
         self._found[source] = reason
         if reason is not None:
             self.problems.append(Problem(source, reason))
@@ -50,11 +46,7 @@ class ProblemList:
 
 
 def update_problems(store: Path, found: Mapping[str, str | None]) -> None:
-    """Write what was `found` over what the file says: one line a source, None removes it.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write what was `found` over what the file says: one line a source, None removes it."""
     # Locked while it is read, too: another call may add its own problems.
     with replacing(store / PROBLEMS_FILE, keep_empty=False) as file:
         for source, reason in sorted({**read_problems(store), **found}.items()):
@@ -64,11 +56,8 @@ def update_problems(store: Path, found: Mapping[str, str | None]) -> None:
 
 def read_problems(store: Path) -> dict[str, str]:
     """Return what problems.jsonl says, source -> reason; lines that are damaged are left out."""
-    try:
-        text = (store / PROBLEMS_FILE).read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return {}
-    problems = {}
+    file, problems = store / PROBLEMS_FILE, {}
+    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
     for line in text.splitlines():
         try:
             row = json.loads(line)

@@ -41,10 +41,11 @@ def run(
         raise ImportError(
             "the engine 'ray' needs Ray: pip install 'ssl-flow[ray]' (or use the engine 'local')"
         ) from error
+    workers = max(workers, 1)
     ours = not ray.is_initialized()
     if ours:
         # Ray refuses a number of processors where it joins a cluster.
-        local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": max(workers, 1)}
+        local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers}
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", **local)
     # No retries: what killed one worker would kill the next, and the next call tries it anyway.
     task = ray.remote(num_cpus=1, max_retries=0)(_call)
@@ -53,7 +54,7 @@ def run(
     try:
         shared = ray.put(job)
         while queue or pending:
-            while queue and len(pending) < max(workers, 1):
+            while queue and len(pending) < workers:
                 item = queue.popleft()
                 pending[task.remote(shared, item, timeout)] = item
             done, _ = ray.wait(list(pending), num_returns=1)

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from .codec import CODECS, decode_flow
 from .duplicates import find_duplicate_sources
 from .estimators import flow_validity
-from .lock import LOCK_FILE
 from .shard import (
     INDEX_SUFFIX,
+    LOCK_FILE,
     MEND,
     VERSION,
     StoreError,
@@ -87,14 +87,16 @@ class FlowStore:
         include = [include] if isinstance(include, str) else include
         self.path = Path(path)
         self.settings = read_settings(self.path)
-        self._members = _member_names(self.settings)
+        self._members = member_names(self.settings["codec"], self.settings["consistency"])
         indexes = [(file, read_index(file)) for file in index_files(self.path)]
         names = [index["source"] for _, index in indexes]
+        taken = set(names) if include is None else set()
         for pattern in include or ():
-            if not any(_matches(name, pattern) for name in names):
+            matched = [n for n in names if n == pattern or fnmatch.fnmatchcase(n, pattern)]
+            if not matched:
                 raise StoreError(f"{path}: no source matches {pattern!r}; there are {names[:10]}")
-        copies = {} if duplicates else read_duplicates(self.path, len(indexes))
-        taken = {n for n in names if include is None or any(_matches(n, p) for p in include)}
+            taken.update(matched)
+        copies = {} if duplicates else _read_duplicates(self.path, len(indexes))
         self.sources = []
         self._files: list[str] = []  # of the indexes, relative to the store
         rows = [np.empty((0, 2 + 2 * len(self._members)), np.int64)]
@@ -129,38 +131,9 @@ class FlowStore:
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"pair {index} of a store with {len(self)} pairs")
-        number, *places = (int(value) for value in self._rows[index])
-        file = self.path / self._files[number]
-        try:
-            return _decode(_read_members(shard_of(file), places, self._members))
-        except (ValueError, FileNotFoundError, cv2.error) as error:
-            first = int(np.searchsorted(self._rows[:, 0], number))
-            key = f"pair {index % len(self) - first}"
-            with suppress(OSError, StoreError):
-                key = read_index(file)["samples"][index % len(self) - first][0]
-            raise StoreError(f"{shard_of(file)} is damaged ({key}: {error}): {MEND}") from error
-
-
-def read_duplicates(store: Path, sources: int) -> dict[str, str]:
-    """Read which sources are copies of others: source -> the original; {} if nothing was found.
-
-    Raises StoreError if the search was not over all `sources`: it is as old as the manifest.
-    """
-    file, manifest = store / DUPLICATES_FILE, store / MANIFEST_FILE
-    searched = manifest.read_bytes().count(b"\n") if manifest.exists() else 0
-    if searched != sources:
-        reason = (
-            f"duplicates were looked for among {searched} sources of the {sources} in {store} "
-            "(the parts of the work, --shard, do not look for them)"
-        )
-    elif not file.exists():
-        return {}
-    else:
-        try:
-            return dict(json.loads(file.read_text(encoding="utf-8")))
-        except ValueError as error:
-            reason = f"{file} is damaged ({error})"
-    raise StoreError(f"{reason}: run `ssl-flow merge-flow {store} --out {store}`")
+        source, *row = (int(value) for value in self._rows[index])
+        number = index % len(self) - int(np.searchsorted(self._rows[:, 0], source))
+        return _read_pair(self.path / self._files[source], number, row, self._members)
 
 
 def verify(store: str | Path, deep: bool = True) -> dict[str, str]:
@@ -175,7 +148,8 @@ def verify(store: str | Path, deep: bool = True) -> dict[str, str]:
         StoreError: no store there, or a newer version.
     """
     path = Path(store)
-    members = _member_names(read_settings(path))
+    settings = read_settings(path)
+    members = member_names(settings["codec"], settings["consistency"])
     damage = {}
     files = index_files(path)
     for file in files:
@@ -183,10 +157,13 @@ def verify(store: str | Path, deep: bool = True) -> dict[str, str]:
         try:
             index = read_index(file)
             table = _sample_table(path, file, index, members)
-            place = shard = shard_of(file)
-            check_size(shard, index)
+            place = shard_of(file)
+            check_size(place, index)
             if deep:
-                _check_contents(shard, index, table, members)
+                check_sum(place, index)
+            if deep and index["sha256"] is None:
+                for number, row in enumerate(table.tolist()):
+                    _read_pair(file, number, row, members)
         except (StoreError, OSError) as error:
             damage[str(place.relative_to(path))] = str(error)
     for shard in sorted({*path.glob("shards/**/*.tar")} - {shard_of(file) for file in files}):
@@ -210,7 +187,7 @@ def write_lists(store: Path) -> dict[str, str]:
                 "source": index["source"],
                 "shard": str(shard_of(file).relative_to(store)),
                 "bytes": index["tar_bytes"],
-                "sha256": index.get("sha256"),  # version 1 has none
+                "sha256": index["sha256"],
                 "pairs": index["pairs"],
             }
             manifest.write(json.dumps(line).encode() + b"\n")
@@ -224,9 +201,23 @@ def write_lists(store: Path) -> dict[str, str]:
     return copies
 
 
-def _member_names(settings: Mapping[str, Any]) -> list[str]:
-    # Version 1 knew one codec and did not name it.
-    return member_names(settings.get("codec", "png"), bool(settings["consistency"]))
+def _read_duplicates(store: Path, sources: int) -> dict[str, str]:
+    """Read which sources are copies of others: source -> the original; {} if nothing was found.
+
+    Raises StoreError if the search was not over all `sources`: it is as old as the manifest.
+    """
+    file, manifest = store / DUPLICATES_FILE, store / MANIFEST_FILE
+    searched = manifest.read_bytes().count(b"\n") if manifest.exists() else 0
+    reason = (
+        f"duplicates were looked for among {searched} sources of the {sources} in {store} "
+        "(the parts of the work, --shard, do not look for them)"
+    )
+    if searched == sources:
+        try:
+            return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+        except ValueError as error:
+            reason = f"{file} is damaged ({error})"
+    raise StoreError(f"{reason}: run `ssl-flow merge-flow {store} --out {store}`")
 
 
 def _sample_table(
@@ -234,22 +225,17 @@ def _sample_table(
 ) -> NDArray[np.int64]:
     """Check an index; (pairs, 2 members + 1): offset and size of each member, checksum or -1."""
     columns = 2 * len(members)
-    checked = index.get("version", 1) >= 2
     try:
-        table = np.empty((0, columns + checked), np.int64)
-        if index["samples"]:
-            table = np.array([sample[1:] for sample in index["samples"]], np.int64)
-        if table.shape != (index["pairs"], columns + checked):
+        table = np.array([sample[1:] for sample in index["samples"]], np.int64)
+        table = table.reshape(len(table), -1 if len(table) else columns + 1)
+        if table.shape != (index["pairs"], columns + 1):
             raise ValueError(f"{index['pairs']} pairs of {len(members)} members expected")
-        if not checked:
-            table = np.insert(table, columns, -1, axis=1)
-        elif index_path(store, index["source"]) != file:
+        if index["version"] > 1 and index_path(store, index["source"]) != file:
             raise ValueError(f"it is that of {index['source']!r}")
         # Members lie one after the other inside the tar, or a read would be too large or half.
-        bounds = np.zeros((len(table), 1 + columns), np.int64)
-        bounds[:, :-1] = table[:, :columns]
-        bounds[:, 1:-1:2] += bounds[:, :-1:2]  # offset, size -> start, end
-        bounds[:, -1] = index["tar_bytes"]
+        bounds = np.insert(table, columns + 1, index["tar_bytes"], axis=1)
+        bounds[:, 1:columns:2] += bounds[:, :columns:2]  # offset, size -> start, end
+        bounds = np.delete(bounds, columns, axis=1)
         if (np.diff(bounds, axis=1) < 0).any() or (table[:, :columns] < 0).any():
             raise ValueError("a member lies outside the tar")
     except (ValueError, TypeError, OverflowError, IndexError) as error:
@@ -257,46 +243,31 @@ def _sample_table(
     return table
 
 
-def _read_members(shard: Path, row: Sequence[int], members: Sequence[str]) -> dict[str, bytes]:
-    """Read the members of one row of a `_sample_table`; ValueError if they are not as written."""
+def _read_pair(file: Path, number: int, row: Sequence[int], members: Sequence[str]) -> Sample:
+    """Read pair `number` of the shard with index `file` by its row of a `_sample_table`."""
+    shard = shard_of(file)
     *places, crc = row
     offsets, sizes = places[::2], places[1::2]
     start, end = offsets[0], offsets[-1] + sizes[-1]  # the members of a sample are adjacent
-    with shard.open("rb") as file:
-        file.seek(start)
-        data = file.read(end - start)
-    if len(data) < end - start:
-        raise ValueError("the file is too short")
-    if crc >= 0 and zlib.crc32(data) != crc:
-        raise ValueError("its checksum is wrong")
-    return {
-        name: data[offset - start : offset - start + size]
-        for name, offset, size in zip(members, offsets, sizes, strict=True)
-    }
-
-
-def _check_contents(
-    shard: Path, index: Mapping[str, Any], table: NDArray[np.int64], members: Sequence[str]
-) -> None:
-    wrong = []
     try:
-        check_sum(shard, index)
-        if "sha256" in index:
-            return
-    except StoreError:
-        wrong.append("its sha256 is not that of the index")
-    for sample, row in zip(index["samples"], table.tolist(), strict=True):
-        try:
-            _decode(_read_members(shard, row, members))
-        except (ValueError, cv2.error) as error:
-            wrong.append(f"{sample[0]}: {error}")
-    if wrong:
-        shown = "; ".join([*wrong[:5], *([f"{len(wrong) - 5} more"] if len(wrong) > 5 else [])])
-        raise StoreError(f"{shard} is damaged ({shown}): {MEND}")
+        with shard.open("rb") as tar:
+            tar.seek(start)
+            data = tar.read(end - start)
+        if len(data) < end - start:
+            raise ValueError("the file is too short")
+        if crc >= 0 and zlib.crc32(data) != crc:
+            raise ValueError("its checksum is wrong")
+        parts = [data[o - start : o - start + n] for o, n in zip(offsets, sizes, strict=True)]
+        return _decode(dict(zip(members, parts, strict=True)))
+    except (ValueError, FileNotFoundError, cv2.error) as error:
+        key = f"pair {number}"
+        with suppress(OSError, StoreError):
+            key = read_index(file)["samples"][number][0]
+        raise StoreError(f"{shard} is damaged ({key}: {error}): {MEND}") from error
 
 
 def _decode(members: Mapping[str, bytes]) -> Sample:
-    bgr = _image(members["jpg"], cv2.IMREAD_COLOR, "JPEG frame")
+    frame = _image(members["jpg"], cv2.IMREAD_COLOR, "JPEG frame")
     flow = decode_flow(next(data for name, data in members.items() if name.startswith("flow.")))
     valid = flow_validity(flow)
     if "valid.png" in members:
@@ -304,10 +275,10 @@ def _decode(members: Mapping[str, bytes]) -> Sample:
         if mask.shape != valid.shape:
             raise ValueError(f"mask of {mask.shape}, flow of {valid.shape}")
         valid &= mask > 0
-    frame = np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), dtype=np.uint8)
     if frame.shape[:2] != valid.shape:
         raise ValueError(f"frame of {frame.shape[:2]}, flow of {valid.shape}")
-    return Sample(frame, flow, valid, json.loads(members["json"]))
+    rgb = np.asarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), np.uint8)
+    return Sample(rgb, flow, valid, json.loads(members["json"]))
 
 
 def _image(data: bytes, kind: int, what: str) -> NDArray[Any]:
@@ -340,7 +311,7 @@ def read_settings(store: Path) -> dict[str, Any]:
         raise StoreError(
             f"{store} has format version {version}, this ssl_flow reads up to {VERSION}: update it"
         )
-    if settings.get("codec", "png") not in CODECS:
+    if settings.setdefault("codec", "png") not in CODECS:  # version 1 knew this one alone
         raise StoreError(f"{store}: codec {settings['codec']!r} is unknown; known: {CODECS}")
     return settings
 
@@ -349,7 +320,3 @@ def differing(settings: Mapping[str, Any], others: Mapping[str, Any]) -> str | N
     """Return the first key in which the settings of two stores differ."""
     keys = [*settings, *others]
     return next((key for key in keys if settings.get(key) != others.get(key)), None)
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return name == pattern or fnmatch.fnmatchcase(name, pattern)

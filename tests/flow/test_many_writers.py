@@ -16,10 +16,16 @@ from ssl_flow.flow import FlowStore, StoreError, extract, find_sources, shard
 from ssl_flow.flow import store as store_module
 from ssl_flow.flow.command import flow_command
 from ssl_flow.flow.job import Settings, extract_source
-from ssl_flow.flow.lock import store_lock
 from ssl_flow.flow.merge import merge_stores
 from ssl_flow.flow.problems import ProblemList, read_problems
-from ssl_flow.flow.shard import BusyError, ShardWriter, finished, open_temporary, shard_path
+from ssl_flow.flow.shard import (
+    BusyError,
+    ShardWriter,
+    finished,
+    open_temporary,
+    shard_path,
+    store_lock,
+)
 from ssl_flow.flow.store import verify, write_lists
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="no locks there")

@@ -8,9 +8,8 @@ from test_store import LONG, SETTINGS, contents, flip, make_store
 from ssl_flow.cli import main
 from ssl_flow.flow import FlowStore, StoreError
 from ssl_flow.flow import merge as merge_module
-from ssl_flow.flow.lock import store_lock
 from ssl_flow.flow.merge import merge_stores
-from ssl_flow.flow.shard import index_path, shard_path
+from ssl_flow.flow.shard import index_path, shard_path, store_lock
 from ssl_flow.flow.store import verify, write_lists
 
 NAMES = ["a.mp4", "clips/b.mp4", "clips/c.mp4", LONG]
