@@ -5,13 +5,11 @@ from __future__ import annotations
 import ast
 import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
@@ -71,22 +69,29 @@ class FlowCommand:
 def flow_command(argv: Sequence[str]) -> int:
     """Run `ssl-flow flow`; returns the exit code, see docs/store.md."""
     command = tyro.cli(FlowCommand, args=list(argv), prog="ssl-flow flow")
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(signal.SIGTERM, interrupt)  # ends the call as Ctrl-C does
     try:
-        with _terminable():
-            return _run(command)
-    except KeyboardInterrupt as interrupt:
+        return _run(command)
+    except KeyboardInterrupt as interruption:
         kept = "videos that were finished are kept, repeat the call to go on"
         _say(f"ssl-flow flow: stopped; {kept}", error=True)
-        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+        return 128 + (interruption.args[0] if interruption.args else signal.SIGINT)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         _say(f"ssl-flow flow: error: {error}", error=True)
         return 1 if isinstance(error, ProblemError) else 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(command: FlowCommand) -> int:
-    workers, device, timeout = command.workers, command.device, command.timeout
-    if workers < 1 or timeout < 0:
-        raise ValueError(f"--workers must be at least 1, --timeout 0; got {workers}, {timeout:g}")
+    if command.workers < 1 or command.timeout < 0:
+        raise ValueError(
+            f"--workers must be at least 1, --timeout 0; got {command.workers}, {command.timeout:g}"
+        )
     number, slash, count = command.shard.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise ValueError(
@@ -94,29 +99,23 @@ def _run(command: FlowCommand) -> int:
         )
     part = int(number), int(count)
     sources, problems = find_sources(command.paths)
-    settings = Settings(
-        command.method,
-        dict(_parse_option(text) for text in command.option),
-        command.size,
-        command.gap,
-        command.every,
-        command.consistency,
-        command.codec,
-    )
+    options = dict(_parse_option(text) for text in command.option)
+    chosen: dict[str, Any] = {
+        field.name: getattr(command, field.name, options) for field in fields(Settings)
+    }
+    how: dict[str, Any] = {key: getattr(command, key) for key in ("workers", "device", "timeout")}
     if command.dry_run:
-        settings, sources = check_settings(settings, device), part_of(sources, *part)
-        _say(make_plan(sources, command.out, settings, workers, device, timeout))
+        settings = check_settings(Settings(**chosen), command.device)
+        _say(make_plan(part_of(sources, *part), command.out, settings, **how))
         return 0
     summary = extract(
         sources,
         command.out,
-        **asdict(settings),
-        workers=workers,
-        device=device,
+        **chosen,
+        **how,
         part=part,
         engine=command.engine,
         strict=command.strict,
-        timeout=timeout,
         problems=problems if part[0] == 1 else (),  # else each part would name them
         progress=True,
     )
@@ -128,23 +127,6 @@ def _run(command: FlowCommand) -> int:
         _say(f"ssl-flow flow: error: {command.out} holds no pair", error=True)
         return 1
     return 0
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM end the block as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt(number)
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _parse_option(text: str) -> tuple[str, Option]:

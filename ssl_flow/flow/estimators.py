@@ -106,11 +106,8 @@ def optical_flow(
 ) -> NDArray[np.float32]:
     """Estimate where each pixel of `prev` is found in `next`, on the CPU.
 
-    Args:
-        prev: first image, (H, W, 3) RGB or (H, W) grey, uint8, both sides at least 16 pixels.
-        next: second image, same shape and type.
-        method: a name in `OPTIONS`.
-        options: parameters of the method, see `OPTIONS[method]`.
+    Images are (H, W, 3) RGB or (H, W) grey, uint8, both of one shape, at least 16 pixels a side;
+    `method` is a name in `OPTIONS`, `options` some of `OPTIONS[method]`.
 
     Returns:
         Flow (H, W, 2) float32 in pixels: `flow[y, x] = (u, v)` with u to the right and v downwards,

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import cv2
 import numpy as np
+from tqdm import tqdm
 
 from . import pool
 from .codec import CODECS
@@ -84,11 +85,9 @@ def extract(
         problems: further problems, of `find_sources`, to be listed with those met here.
 
     Raises:
-        ValueError: wrong method, option or number; two sources with the same name.
-        RuntimeError: the method is not available in the installed OpenCV.
-        StoreError: `out` holds something else, or a store made with other settings; another call
-            is writing there.
-        ProblemError: the first problem, if `strict`.
+        ValueError: wrong method, option or number; two sources with the same name; `out` holds
+            something else, or a store made with other settings, or is being written (StoreError).
+        RuntimeError: OpenCV lacks the method; the first problem, if `strict` (ProblemError).
         OSError: the store cannot be written.
     """
     settings = Settings(method, dict(options or {}), size, gap, every, consistency, codec)
@@ -149,7 +148,7 @@ def extract(
     return summary
 
 
-class Bar:
+class Bar(tqdm):
     """A bar on stderr: work done and left by weight, videos, pairs and pairs a second.
 
     Videos count by their size in bytes and by how far each has been read, so that the time left is
@@ -158,13 +157,10 @@ class Bar:
 
     def __init__(self, weights: Mapping[Source, float], enabled: bool) -> None:
         """Show nothing if not `enabled`; `weights` is the size of each source."""
-        from tqdm import tqdm  # not in workers
-
         self._weights = weights
         self._shares: dict[str, float] = {}
         self._done = self._pairs = 0
-        self.weight = 0.0  # what is done, in the unit of the weights
-        self._bar = tqdm(
+        super().__init__(
             total=sum(weights.values()),
             disable=not enabled,
             smoothing=0,  # the mean speed: that of the last seconds jumps from clip to clip
@@ -173,27 +169,17 @@ class Bar:
             miniters=0,
         )
 
-    def __enter__(self) -> Bar:
-        """Return the bar."""
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Leave the last state on the screen."""
-        self._bar.close()
-
     def report(self, source: Source, share: float, pairs: int) -> None:
         """Take note that `share` of a source is done, and of pairs that are new."""
         self._pairs += pairs
         known = self._shares.get(source.name, 0.0)
         self._shares[source.name] = max(share, known)
+        rate = self._pairs / max(self.format_dict["elapsed"], 1e-9)
+        videos = f"{self._done}/{len(self._weights)} videos"
+        text = f"{videos}, {self._pairs} pairs, {rate:.1f} pairs/s"
+        self.set_postfix_str(text, refresh=False)
         gain = max(share - known, 0.0) * self._weights[source]
-        self.weight += gain
-        if not self._bar.disable:
-            rate = self._pairs / max(self._bar.format_dict["elapsed"], 1e-9)
-            videos = f"{self._done}/{len(self._weights)} videos"
-            text = f"{videos}, {self._pairs} pairs, {rate:.1f} pairs/s"
-            self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(gain)
+        self.update(min(gain, self.total - self.n))  # the sum of the shares is rounded
 
     def done(self, source: Source) -> None:
         """Take note that nothing is left to do for a source."""

@@ -42,8 +42,7 @@ def farneback(
     """Estimate where each pixel of `first` is found in `second`.
 
     Args:
-        first: grey images (B, H, W), values 0 to 255 in any type.
-        second: same shape, type and device.
+        first, second: grey images (B, H, W), values 0 to 255 in any type, on one device.
         pyr_scale: size ratio of neighbouring scales, between 0 and 1.
         levels: upper bound for the number of scales below the finest.
         winsize: side of the window that the equations are averaged over, pixels; an even number
@@ -57,8 +56,7 @@ def farneback(
         (B, 2, H, W) float32 on the device of `first`, in pixels, x to the right, y downwards:
         `first[b, y, x]` is seen at `second[b, y + flow[b, 1, y, x], x + flow[b, 0, y, x]]`.
 
-    Raises:
-        ValueError: shapes are not as above, or an option is out of range.
+    Raises ValueError where shapes are not as above, or an option is out of range.
     """
     counts = {"winsize": winsize, "iterations": iterations, "poly_n": poly_n}
     check(first, second, pyr_scale, levels=levels + 1, **counts)

@@ -38,11 +38,9 @@ from .video import Frame, VideoError, read_frames
 _JPEG_QUALITY = 92
 _GROUP = 32  # pairs at once on a GPU
 # What the name of a source can do to its place in the store; all else is wrong with the store.
-# fmt: off
 _NAME_ERRORS = (
     errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EILSEQ, errno.EINVAL,
-)
-# fmt: on
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import filecmp
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Container, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -13,50 +14,24 @@ from pathlib import Path
 
 import tyro
 
+from . import shard
 from .problems import read_problems, update_problems
-from .shard import (
-    StoreError,
-    check_size,
-    check_sum,
-    index_files,
-    index_path,
-    read_index,
-    replacing,
-    shard_of,
-    store_lock,
-    write_atomically,
-)
+from .shard import StoreError, index_files, index_path, read_index, shard_of, store_lock
 from .store import SETTINGS_FILE, differing, is_store, read_settings, write_lists
 
 
-@dataclass
-class Merged:
-    """What `merge_stores` did, counted in shards; `sources` and `pairs` are those of the result."""
-
-    sources: int = 0
-    pairs: int = 0
-    linked: int = 0
-    copied: int = 0
-    already_there: int = 0
-
-
-def merge_stores(stores: Sequence[str | Path], out: str | Path, copy: bool = False) -> Merged:
+def merge_stores(stores: Sequence[str | Path], out: str | Path, copy: bool = False) -> Counter[str]:
     """Join stores that were made with the same settings.
 
-    The result has the same bytes as one store made at once. An interrupted call is continued by
-    repeating it. Nothing is written before all stores have been looked at.
+    The result has the same bytes as one store made at once; a store that is at `out` is added to.
+    An interrupted call is continued by repeating it. Nothing is written before all stores have been
+    looked at. Shards become hard links where the file system allows it: no time, no space, and
+    safe, because a shard is never changed, only replaced. With `copy`, and elsewhere, they are
+    copied and compared with their checksums. Returns numbers of `sources` and `pairs`, and of
+    shards `linked`, `copied` and `already_there`.
 
-    Args:
-        stores: folders of stores; left as they are.
-        out: folder of the result, made if it is not there; a store that is there is added to.
-        copy: copy the shards, comparing them with their checksums. Otherwise they are hard links
-            where the file system allows it: no time, no space, and safe, because a shard is never
-            changed, only replaced.
-
-    Raises:
-        StoreError: a store is missing, damaged or being written, two differ in a setting, the same
-            source has different bytes in two of them, or `out` holds something else.
-        OSError: `out` cannot be written.
+    StoreError: a store is missing, damaged or being written, two differ in a setting, the same
+    source has different bytes in two of them, or `out` holds something else.
     """
     if not stores:
         raise StoreError("no store to merge is given")
@@ -81,34 +56,34 @@ def merge_stores(stores: Sequence[str | Path], out: str | Path, copy: bool = Fal
             locks.enter_context(store_lock(target))
             if is_store(target):
                 raise StoreError(f"{target} has just been made by another call: repeat this one")
-            write_atomically(target / SETTINGS_FILE, (parts[0] / SETTINGS_FILE).read_bytes())
+            shard.write_atomically(target / SETTINGS_FILE, (parts[0] / SETTINGS_FILE).read_bytes())
         # First, because afterwards it is not seen any more where a source was done.
         _merge_problems(parts, files, target)
-        merged = Merged(sources=len(files))
+        merged = Counter(sources=len(files))
         for name, file in files.items():
             _transfer(file, target / name, copy, merged)
         write_lists(target)
     return merged
 
 
-def _transfer(file: Path, place: Path, copy: bool, merged: Merged) -> None:
+def _transfer(file: Path, place: Path, copy: bool, merged: Counter[str]) -> None:
     """Bring the shard of one index file, and then that, to `place`; count it."""
-    index, shard = read_index(file), shard_of(file)
-    merged.pairs += index["pairs"]
+    index, tar = read_index(file), shard_of(file)
+    merged["pairs"] += index["pairs"]
     with suppress(StoreError, FileNotFoundError):
-        check_size(shard_of(place), index)
+        shard.check_size(shard_of(place), index)
         if place.read_bytes() == file.read_bytes():
-            merged.already_there += 1
+            merged["already_there"] += 1
             return
     place.parent.mkdir(parents=True, exist_ok=True)
-    if not copy and _link(shard, shard_of(place)):
-        merged.linked += 1
+    if not copy and _link(tar, shard_of(place)):
+        merged["linked"] += 1
     else:
-        check_sum(shard, index)
-        with shard.open("rb") as old, replacing(shard_of(place)) as new:
+        shard.check_sum(tar, index)
+        with tar.open("rb") as old, shard.replacing(shard_of(place)) as new:
             shutil.copyfileobj(old, new)
-        merged.copied += 1
-    write_atomically(place, file.read_bytes())
+        merged["copied"] += 1
+    shard.write_atomically(place, file.read_bytes())
 
 
 def _collect(stores: Sequence[Path]) -> dict[Path, Path]:
@@ -117,7 +92,7 @@ def _collect(stores: Sequence[Path]) -> dict[Path, Path]:
     for store in stores:
         for file in index_files(store):
             index = read_index(file)
-            check_size(shard_of(file), index)
+            shard.check_size(shard_of(file), index)
             known = files.setdefault(file.relative_to(store), file)
             same = known == file or (
                 known.read_bytes() == file.read_bytes()
@@ -131,13 +106,13 @@ def _collect(stores: Sequence[Path]) -> dict[Path, Path]:
     return dict(sorted(files.items()))
 
 
-def _link(shard: Path, place: Path) -> bool:
-    """Make `place` a hard link to `shard`; False where that is not possible."""
+def _link(tar: Path, place: Path) -> bool:
+    """Make `place` a hard link to `tar`; False where that is not possible."""
     # Not the name that `open_temporary` empties: it would empty the shard this one is linked to.
     temporary = place.with_name(f".{place.name}.link")
     temporary.unlink(missing_ok=True)
     try:
-        os.link(shard, temporary)
+        os.link(tar, temporary)
     except OSError:  # another file system, one without links, too many of them
         return False
     temporary.replace(place)
@@ -178,8 +153,9 @@ def merge_command(argv: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"ssl-flow merge-flow: error: {error}", file=sys.stderr)
         return 2
+    linked, copied, there = (merged[key] for key in ("linked", "copied", "already_there"))
     print(
-        f"{command.out}: {merged.sources} sources, {merged.pairs} pairs; shards: {merged.linked} "
-        f"linked, {merged.copied} copied, {merged.already_there} already there"
+        f"{command.out}: {merged['sources']} sources, {merged['pairs']} pairs; shards: {linked} "
+        f"linked, {copied} copied, {there} already there"
     )
     return 0

@@ -50,16 +50,16 @@ def make_plan(
     length, covered, spent, pairs, size = map(sum, zip(*good, strict=True))
     seconds = length / max(tried, 1) * len(todo)
     scale = seconds / covered if covered else 0.0
-    together = max(1, min(workers, os.cpu_count() or 1, len(todo)))
+    spent_by_all = spent * scale / max(1, min(workers, os.cpu_count() or 1, len(todo)))
     lines = [
         f"{out}: {len(todo)} of {len(sources)} videos to do ({len(sources) - len(todo)} already "
         f"done), about {_hours(seconds)} of video"
     ]
     if len(good) > 1:
         lines += [
-            f"about {pairs * scale:,.0f} pairs, {size * scale / 1e9:.3g} GB, {_hours(spent * scale / together)} with "
-            f"{workers} worker(s); estimated from {pairs} pairs of {len(good) - 1} videos, "
-            f"{tried - len(good) + 1} more could not be read"
+            f"about {pairs * scale:,.0f} pairs, {size * scale / 1e9:.3g} GB, "
+            f"{_hours(spent_by_all)} with {workers} worker(s); estimated from {pairs} pairs of "
+            f"{len(good) - 1} videos, {tried - len(good) + 1} more could not be read"
         ]
     elif todo:
         lines += ["none of those that were tried could be read: no estimate"]

@@ -49,18 +49,10 @@ def run(
 ) -> Results[Item, Result]:
     """Yield (item, result, None), or (item, None, reason) where a worker died, as they finish.
 
-    Close the iterator (`contextlib.closing`) to end the workers at once.
-
-    Args:
-        items: what to work on; picklable if `workers` > 0, as is `job`.
-        job: called as job(item, tick).
-        workers: number of processes; 0 works in this one, which cannot survive a crash or a hang.
-        report: told from time to time what ticks there have been.
-        timeout: seconds without a tick after which a worker is killed; 0: never.
-
-    Raises:
-        RuntimeError: worker processes cannot be started.
-        Whatever a job raises; the other jobs are then ended.
+    `job(item, tick)` is called in `workers` processes, to which both are pickled; 0 works in this
+    one, which cannot survive a crash or a hang. A worker is killed after `timeout` seconds without
+    a tick (0: never). `report` is told from time to time what ticks there have been. What a job
+    raises is raised, and ends the others, as does closing the iterator (`contextlib.closing`).
     """
     if workers == 0:
         for item in items:
@@ -78,11 +70,12 @@ def run(
             for index, worker in enumerate(team):
                 if worker.busy or not queue:
                     continue
-                if not worker.give(queue[0]):  # it died while it waited
+                try:
+                    worker.give(queue[0])
+                except OSError:  # it died while it waited
                     worker.end()
                     team[index] = worker = _Worker(job)
-                    if not worker.give(queue[0]):
-                        raise worker.no_start()
+                    worker.give(queue[0])
                 queue.popleft()
             started = time.monotonic()
             ready = connection.wait([worker.pipe for worker in team if worker.busy], timeout=0.5)
@@ -100,7 +93,10 @@ def run(
                         code = worker.process.exitcode or 0
                         # Not if it was killed: that may happen to any process at any time.
                         if not worker.ready and code > 0:
-                            raise worker.no_start() from None
+                            raise RuntimeError(
+                                f"{reason} while it started; a script that computes with several "
+                                'processes needs the usual `if __name__ == "__main__":`'
+                            ) from None
                         if code in _ENDED and worker.item not in ended:
                             # No fault of the item: the job is being stopped, and in a moment this
                             # process will know. If not, it is tried again, once.
@@ -145,14 +141,10 @@ class _Worker:
             self.process.start()
         theirs.close()  # so that the pipe ends when the process does
 
-    def give(self, item: Any) -> bool:  # noqa: ANN401
-        """Hand over an item; False if the process is dead."""
-        try:
-            self.pipe.send(item)
-        except OSError:
-            return False
+    def give(self, item: Any) -> None:  # noqa: ANN401
+        """Hand over an item; OSError if the process is dead."""
+        self.pipe.send(item)
         self.item, self.busy, self.idle = item, True, 0.0
-        return True
 
     def free(self) -> Any:  # noqa: ANN401
         """Forget the item and return it."""
@@ -168,13 +160,6 @@ class _Worker:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         hint = "killed, maybe for want of memory" if name == "SIGKILL" else "a crash in a library"
         return f"{DIED} ({name}: {hint})"
-
-    def no_start(self) -> RuntimeError:
-        """Return the error of a process that died before it could work."""
-        return RuntimeError(
-            f"{self.why_dead()} while it started; a script that computes with several processes "
-            'needs the usual `if __name__ == "__main__":`'
-        )
 
     def end(self) -> None:
         """Kill the process; what it had begun to write is no finished shard."""

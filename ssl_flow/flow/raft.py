@@ -31,21 +31,13 @@ def raft(
 ) -> Tensor:
     """Estimate where each pixel of `first` is found in `second`.
 
-    Args:
-        first: images, RGB (B, H, W, 3) or grey (B, H, W), values 0 to 255 in any type. They are
-            padded to at least 128 pixels a side, in steps of 8.
-        second: same shape, type and device.
-        weights: file with the state dict of torchvision's `raft_large` or `raft_small`, as saved by
-            `torch.save` or in safetensors format.
-        model: "large" or "small".
-        updates: number of recurrent updates of the flow.
+    Images are RGB (B, H, W, 3) or grey (B, H, W), values 0 to 255 in any type, and padded to at
+    least 128 pixels a side, in steps of 8. `weights` is the file of the state dict of torchvision's
+    `raft_large` or `raft_small` (`model`), as saved by `torch.save` or in safetensors format;
+    `updates` the number of recurrent updates of the flow.
 
-    Returns:
-        (B, 2, H, W) float32 on the device of `first`, in pixels, x to the right, y downwards.
-
-    Raises:
-        ValueError: no weights are given or they are not the model's; an option is out of range.
-        FileNotFoundError: the file of the weights is not there.
+    Returns (B, 2, H, W) float32 on the device of `first`, in pixels, x to the right, y downwards.
+    ValueError: no weights are given or they are not the model's; an option is out of range.
     """
     if model not in ("large", "small") or updates < 1:
         raise ValueError(

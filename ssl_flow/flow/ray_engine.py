@@ -29,10 +29,6 @@ def run(
     Uses the Ray that the caller has started, or the cluster at RAY_ADDRESS, or starts Ray on this
     machine for as long as it runs. `report` is told the pairs of an item when it is done: ticks do
     not travel between machines. A worker without a tick for `timeout` seconds ends itself.
-
-    Raises:
-        ImportError: Ray is not installed.
-        Whatever a job raises; the other jobs are then ended.
     """
     try:
         import ray

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import socket
 import tarfile
 import time
 import zlib
@@ -53,10 +52,9 @@ def member_names(codec: str, consistency: bool) -> list[str]:
 def safe_name(source: str) -> str:
     """Return the relative path, without extension, of a source's files in a store.
 
-    It is the source's own name unless a part of that is too long for a file name or holds what
-    other systems and tools refuse (control characters, bytes that are not UTF-8): such a part is
-    cleaned, shortened, and made unique by a hash of the whole name. ValueError: the name would lead
-    out of the store.
+    It is the source's own name, but that a part which is too long for a file name or holds what
+    other systems refuse (control characters, bytes that are not UTF-8) is cleaned, shortened, and
+    made unique by a hash of the whole name. ValueError: the name would lead out of the store.
     """
     parts = PurePosixPath(source).parts
     if not parts or source.startswith("/") or ".." in parts or "\0" in source:
@@ -161,52 +159,36 @@ def store_lock(store: Path, shared: bool = False) -> Iterator[None]:
     """Keep other calls out of a store, and clean up behind one that was killed.
 
     The lock ends with the process, however that ends. A `shared` one lets in others that are shared
-    as well: parts of the same work.
-
-    Raises:
-        StoreError: another call is writing there.
-        OSError: the store cannot be written.
+    as well: parts of the same work. StoreError: another call is writing there.
     """
-    with (store / LOCK_FILE).open("a+", encoding="utf-8") as file:
+
+    def remove_leftovers() -> None:
+        for path in store.rglob(".*.tmp") if alone else ():
+            with suppress(OSError), path.open("ab") as temporary:
+                if _take_lock(temporary, patience=0):  # no living process writes to it
+                    path.unlink()
+
+    with (store / LOCK_FILE).open("a") as file:
         try:
             alone = _take_lock(file, PATIENCE, shared) and not shared
         except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "a part of the work (--shard)"
             raise StoreError(
-                f"{store} is being written by another call ({holder}): wait until it ends, or use "
-                "another folder; parts of one work (--shard) may share a store"
+                f"{store} is being written by another call: wait until it ends, or use another "
+                "folder; parts of one work (--shard) may share a store"
             ) from None
-        if alone:
-            _remove_leftovers(store)
-            with suppress(OSError):  # a full disk: only the name of this process will be missing
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-                file.flush()
+        remove_leftovers()
         try:
             yield
         finally:
-            if alone:
-                _remove_leftovers(store)  # of workers that were ended in their work
-                file.truncate(0)
-
-
-def _remove_leftovers(store: Path) -> None:
-    """Remove the temporary files that no living process writes to."""
-    for path in store.rglob(".*.tmp"):
-        with suppress(OSError), path.open("ab") as file:
-            if _take_lock(file, patience=0):
-                path.unlink()
+            remove_leftovers()  # of workers that were ended in their work
 
 
 def open_temporary(path: Path, patience: float = math.inf) -> IO[bytes]:
     """Open an empty file beside `path`, to be written and then renamed to it by `put_in_place`.
 
     Its name depends on `path` alone, so that what a killed process leaves behind is used up by the
-    next one. A lock keeps two processes from writing it at once.
-
-    Raises:
-        BusyError: for `patience` seconds another process has been writing the same.
+    next one. A lock keeps two processes from writing it at once: BusyError if for `patience`
+    seconds another one has been.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     while True:
@@ -281,13 +263,7 @@ class ShardWriter:
     """
 
     def __init__(self, store: Path, source: str) -> None:
-        """Open a temporary file beside the shard's place.
-
-        Raises:
-            ValueError: the name would lead out of the store.
-            BusyError: another process is writing the same shard, and does not end for some seconds.
-            OSError: the store cannot be written.
-        """
+        """Open a temporary file beside the shard's place; BusyError if another process has."""
         self._source, self._path = source, shard_path(store, source)
         self._index = index_path(store, source)
         self._path.parent.mkdir(parents=True, exist_ok=True)

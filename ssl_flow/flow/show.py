@@ -48,10 +48,7 @@ def show_flow(
     in pixels drawn in the wheel's full colours; None takes for each pair the length that 99 % of
     its pixels stay below, and says it.
 
-    Raises:
-        ValueError: `count` or `full_color` is not positive, or the store holds no pair.
-        StoreError: a pair is damaged.
-        OSError: the picture cannot be written.
+    ValueError: `count` or `full_color` is not positive, the store holds no pair or a damaged one.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no display
     from matplotlib.figure import Figure

@@ -80,13 +80,9 @@ def find_sources(paths: Iterable[str | Path]) -> tuple[list[Source], list[Proble
     its images are the frames. A source is named by its path from the given folder, that folder's
     own name first (`clips/tom/a.mp4`), so equal file names in two folders do not collide.
 
-    Returns:
-        The sources sorted by name, and what looks like a video but is no file that can be read.
-
-    Raises:
-        FileNotFoundError: one of `paths` does not exist.
-        ValueError: a file's extension is unknown, two sources would have the same name, or nothing
-            was found.
+    Returns the sources sorted by name, and what looks like a video but is no file that can be read.
+    FileNotFoundError: one of `paths` does not exist. ValueError: a file's extension is unknown, two
+    sources would have the same name, or nothing was found.
     """
     found: dict[str, Path] = {}
     problems: list[Problem] = []

@@ -18,28 +18,14 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from . import shard
 from .codec import CODECS, decode_flow
 from .duplicates import find_duplicate_sources
 from .estimators import flow_validity
-from .shard import (
-    INDEX_SUFFIX,
-    LOCK_FILE,
-    MEND,
-    VERSION,
-    StoreError,
-    check_size,
-    check_sum,
-    index_files,
-    index_path,
-    member_names,
-    read_index,
-    replacing,
-    shard_of,
-    write_atomically,
-)
+from .shard import MEND, StoreError, index_files, read_index, shard_of
 
 SETTINGS_FILE = "store.json"
-_OURS = {LOCK_FILE, SETTINGS_FILE, f".{SETTINGS_FILE}.tmp"}  # a call was killed, or begins
+_OURS = {shard.LOCK_FILE, SETTINGS_FILE, f".{SETTINGS_FILE}.tmp"}  # a call was killed, or begins
 MANIFEST_FILE = "manifest.jsonl"
 DUPLICATES_FILE = "duplicates.json"  # source -> the one it is a copy of
 
@@ -87,7 +73,7 @@ class FlowStore:
         include = [include] if isinstance(include, str) else include
         self.path = Path(path)
         self.settings = read_settings(self.path)
-        self._members = member_names(self.settings["codec"], self.settings["consistency"])
+        self._members = shard.member_names(self.settings["codec"], self.settings["consistency"])
         indexes = [(file, read_index(file)) for file in index_files(self.path)]
         names = [index["source"] for _, index in indexes]
         taken = set(names) if include is None else set()
@@ -104,7 +90,7 @@ class FlowStore:
             name = index["source"]
             if name not in taken or copies.get(name) in taken:
                 continue
-            check_size(shard_of(file), index)
+            shard.check_size(shard_of(file), index)
             table = _sample_table(self.path, file, index, self._members)
             rows.append(np.insert(table, 0, len(self.sources), axis=1))
             self.sources.append(name)
@@ -122,13 +108,7 @@ class FlowStore:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Sample:
-        """Read and decode one pair.
-
-        Raises:
-            IndexError: no pair of this number.
-            StoreError: the shard has been damaged since the store was opened, or a byte of this
-                pair since it was written; the message names shard and pair.
-        """
+        """Read and decode one pair; StoreError names shard and pair if a byte has changed."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"pair {index} of a store with {len(self)} pairs")
         source, *row = (int(value) for value in self._rows[index])
@@ -139,17 +119,13 @@ class FlowStore:
 def verify(store: str | Path, deep: bool = True) -> dict[str, str]:
     """Look for damage in a store: shard or index, relative to the store -> what is wrong with it.
 
-    Args:
-        store: the store's folder.
-        deep: read everything and compare it with the checksums; in a version-1 store, which has
-            none, decode each pair. Otherwise only look at the indexes and the shards' sizes.
-
-    Raises:
-        StoreError: no store there, or a newer version.
+    `deep` reads everything and compares it with the checksums; in a version-1 store, which has
+    none, it decodes each pair. Otherwise only the indexes and the shards' sizes are looked at.
+    StoreError: no store there, or a newer version.
     """
     path = Path(store)
     settings = read_settings(path)
-    members = member_names(settings["codec"], settings["consistency"])
+    members = shard.member_names(settings["codec"], settings["consistency"])
     damage = {}
     files = index_files(path)
     for file in files:
@@ -158,18 +134,18 @@ def verify(store: str | Path, deep: bool = True) -> dict[str, str]:
             index = read_index(file)
             table = _sample_table(path, file, index, members)
             place = shard_of(file)
-            check_size(place, index)
+            shard.check_size(place, index)
             if deep:
-                check_sum(place, index)
+                shard.check_sum(place, index)
             if deep and index["sha256"] is None:
                 for number, row in enumerate(table.tolist()):
                     _read_pair(file, number, row, members)
         except (StoreError, OSError) as error:
             damage[str(place.relative_to(path))] = str(error)
-    for shard in sorted({*path.glob("shards/**/*.tar")} - {shard_of(file) for file in files}):
-        if shard.is_file():
-            reason = f"{shard} is unfinished, it has no *{INDEX_SUFFIX}: {MEND}"
-            damage[str(shard.relative_to(path))] = reason
+    for tar in sorted({*path.glob("shards/**/*.tar")} - {shard_of(file) for file in files}):
+        if tar.is_file():
+            reason = f"{tar} is unfinished, it has no *{shard.INDEX_SUFFIX}: {MEND}"
+            damage[str(tar.relative_to(path))] = reason
     return damage
 
 
@@ -180,7 +156,9 @@ def write_lists(store: Path) -> dict[str, str]:
     Raises StoreError if one is damaged.
     """
     hashes = {}
-    with replacing(store / MANIFEST_FILE) as manifest:  # locked first: the last writer sees all
+    with shard.replacing(
+        store / MANIFEST_FILE
+    ) as manifest:  # locked first: the last writer sees all
         for file in index_files(store):
             index = read_index(file)
             line = {
@@ -197,7 +175,7 @@ def write_lists(store: Path) -> dict[str, str]:
         copies = find_duplicate_sources(hashes)
         if copies or (store / DUPLICATES_FILE).exists():
             data = json.dumps(copies, indent=2).encode() + b"\n"
-            write_atomically(store / DUPLICATES_FILE, data)
+            shard.write_atomically(store / DUPLICATES_FILE, data)
     return copies
 
 
@@ -230,13 +208,10 @@ def _sample_table(
         table = table.reshape(len(table), -1 if len(table) else columns + 1)
         if table.shape != (index["pairs"], columns + 1):
             raise ValueError(f"{index['pairs']} pairs of {len(members)} members expected")
-        if index["version"] > 1 and index_path(store, index["source"]) != file:
+        if index["version"] > 1 and shard.index_path(store, index["source"]) != file:
             raise ValueError(f"it is that of {index['source']!r}")
-        # Members lie one after the other inside the tar, or a read would be too large or half.
-        bounds = np.insert(table, columns + 1, index["tar_bytes"], axis=1)
-        bounds[:, 1:columns:2] += bounds[:, :columns:2]  # offset, size -> start, end
-        bounds = np.delete(bounds, columns, axis=1)
-        if (np.diff(bounds, axis=1) < 0).any() or (table[:, :columns] < 0).any():
+        end = table[:, columns - 2] + table[:, columns - 1]  # or a read would be too large
+        if (table[:, :columns] < 0).any() or (end > index["tar_bytes"]).any():
             raise ValueError("a member lies outside the tar")
     except (ValueError, TypeError, OverflowError, IndexError) as error:
         raise StoreError(f"{file} is damaged ({error}): {MEND}") from error
@@ -245,14 +220,14 @@ def _sample_table(
 
 def _read_pair(file: Path, number: int, row: Sequence[int], members: Sequence[str]) -> Sample:
     """Read pair `number` of the shard with index `file` by its row of a `_sample_table`."""
-    shard = shard_of(file)
+    tar = shard_of(file)
     *places, crc = row
     offsets, sizes = places[::2], places[1::2]
     start, end = offsets[0], offsets[-1] + sizes[-1]  # the members of a sample are adjacent
     try:
-        with shard.open("rb") as tar:
-            tar.seek(start)
-            data = tar.read(end - start)
+        with tar.open("rb") as opened:
+            opened.seek(start)
+            data = opened.read(end - start)
         if len(data) < end - start:
             raise ValueError("the file is too short")
         if crc >= 0 and zlib.crc32(data) != crc:
@@ -263,7 +238,7 @@ def _read_pair(file: Path, number: int, row: Sequence[int], members: Sequence[st
         key = f"pair {number}"
         with suppress(OSError, StoreError):
             key = read_index(file)["samples"][number][0]
-        raise StoreError(f"{shard} is damaged ({key}: {error}): {MEND}") from error
+        raise StoreError(f"{tar} is damaged ({key}: {error}): {MEND}") from error
 
 
 def _decode(members: Mapping[str, bytes]) -> Sample:
@@ -307,9 +282,10 @@ def read_settings(store: Path) -> dict[str, Any]:
             f"{store} is not a flow store: no readable {SETTINGS_FILE} in it "
             "(`ssl-flow flow VIDEOS --out STORE` makes a store)"
         ) from error
-    if version > VERSION:
+    if version > shard.VERSION:
         raise StoreError(
-            f"{store} has format version {version}, this ssl_flow reads up to {VERSION}: update it"
+            f"{store} has format version {version}, this ssl_flow reads up to "
+            f"{shard.VERSION}: update it"
         )
     if settings.setdefault("codec", "png") not in CODECS:  # version 1 knew this one alone
         raise StoreError(f"{store}: codec {settings['codec']!r} is unknown; known: {CODECS}")

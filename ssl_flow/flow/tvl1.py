@@ -14,9 +14,8 @@ It differs from [S] in four more places: the numbers of warps and iterations are
 variable lives on from warp to warp; the gradient is the mean of the two images'; pixels that leave
 the picture have no data term. Each was measured to lower the endpoint error.
 
-There is no start from a faster method such as DIS. The pyramid goes down to 16 pixels, and with it
-a start from DIS helped at motion of about 16 pixels only (0.64 for 0.76 px), changed nothing at 32
-and harmed at 8 (0.27 for 0.24 px).
+There is no start from DIS: with a pyramid down to 16 pixels it helped at motion of about 16 pixels
+only (0.64 for 0.76 px), changed nothing at 32 and harmed at 8 (0.27 for 0.24 px).
 """
 
 from __future__ import annotations
@@ -61,8 +60,7 @@ def tvl1(
     """Estimate where each pixel of `first` is found in `second`.
 
     Args:
-        first: grey images (B, H, W), values 0 to 255 in any type.
-        second: same shape, type and device.
+        first, second: grey images (B, H, W), values 0 to 255 in any type, on one device.
         lambda_: weight of the data term, 1 / grey level ([S] takes 0.15). Smaller is smoother.
         theta: how far u may be from its auxiliary v ([Z]); smaller is closer and slower.
         tau: time step of the dual update, at most 0.25: above, it does not converge.
@@ -79,8 +77,7 @@ def tvl1(
         (B, 2, H, W) float32 on the device of `first`, in pixels, x to the right, y downwards:
         `first[b, y, x]` is seen at `second[b, y + flow[b, 1, y, x], x + flow[b, 0, y, x]]`.
 
-    Raises:
-        ValueError: shapes are not as above, or an option is out of range.
+    Raises ValueError where shapes are not as above, or an option is out of range.
     """
     check(first, second, scale_step, warps=warps, iterations=iterations, scales=scales)
     if not (lambda_ > 0 and theta > 0 and 0 < tau <= 0.25):

@@ -22,16 +22,15 @@ if TYPE_CHECKING:  # PyAV is imported where a video is opened: reading a store n
     from av.container import InputContainer
     from av.video.reformatter import VideoReformatter
 
+Image = NDArray[np.uint8]
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 # A damaged or malicious header can claim any size: it is refused before memory is asked for it.
 MAX_SIDE = 16384  # pixels, as libavcodec's H.264 decoder
 MAX_PIXELS = 2**28
 # Why a file cannot be opened that are no trouble of the disk: the next call would meet them too.
-# fmt: off
 _LASTING = (
     errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG,
-)
-# fmt: on
+)  # fmt: skip
 _NOTHING = "there is nothing"
 
 
@@ -45,21 +44,13 @@ class Frame:
     `share` tells how much of the video lies behind it, 0 to 1, for a progress bar; 0 if unknown.
     """
 
-    def __init__(
-        self,
-        time: float,
-        image: NDArray[np.uint8] | Callable[[], NDArray[np.uint8]],
-        share: float = 0.0,
-    ) -> None:
-        """Take the picture, or what makes it: then it is made when it is first asked for.
-
-        At a gap of three frames two of three are never looked at, and to shrink one costs about as
-        much as to decode it.
-        """
+    def __init__(self, time: float, image: Image | Callable[[], Image], share: float = 0.0) -> None:
+        """Take the picture, or what makes it when it is first asked for: most are never looked at,
+        and to shrink one costs about as much as to decode it."""
         self.time, self.share, self._image = time, share, image
 
     @property
-    def image(self) -> NDArray[np.uint8]:
+    def image(self) -> Image:
         """The picture."""
         if callable(self._image):
             self._image = self._image()
@@ -79,12 +70,9 @@ def read_frames(
     on at the next key frame. Only when the last good frame has been yielded does a `VideoError` say
     what was wrong: catch it to keep what could be read.
 
-    Args:
-        path: a video file, or a folder of images (sorted by the numbers in their names).
-        short_side: shrink frames so that the shorter side has this many pixels (aspect kept, area
-            interpolation, never enlarged); None keeps the size.
-        folder_fps: frames a second of an image folder, which has no times of its own.
-        alive: called for each packet or image, also where no frame comes of it.
+    Images of a folder are sorted by the numbers in their names, `folder_fps` a second. Frames are
+    shrunk to a shorter side of `short_side` pixels (aspect kept, area interpolation, never
+    enlarged). `alive` is called for each packet or image, also where no frame comes of it.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
@@ -104,10 +92,7 @@ def read_frames(
 
 
 def why_no_file(path: Path) -> str | None:
-    """Return why `path` is no file that can be read to its end, None if it is one.
-
-    Raises OSError if the disk failed; the next call may find the file.
-    """
+    """Return why `path` is no file that can be read to its end, or None; OSError of the disk."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -154,16 +139,16 @@ def _read_folder(
         raise VideoError(f"{len(bad)} unusable image(s): {bad[0]}")
 
 
-def _read_image(file: Path) -> NDArray[np.uint8]:
+def _read_image(file: Path) -> Image:
     """Return the picture, (H, W, 3) BGR."""
-    from PIL import Image
+    import PIL.Image
 
     reason = why_no_file(file)
     if reason is not None:
         raise VideoError(f"is {reason}")
     try:
         data = file.read_bytes()
-        with Image.open(io.BytesIO(data)) as header:  # decodes nothing yet
+        with PIL.Image.open(io.BytesIO(data)) as header:  # decodes nothing yet
             _check_size(*header.size)
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     except VideoError:
@@ -186,8 +171,7 @@ def _read_video(path: Path, short_side: int | None, alive: Callable[[], object])
         # One thread: the workers fill the processor, and what FFmpeg makes of a damaged file would
         # otherwise depend on how its threads happen to run.
         stream.codec_context.thread_count = 1
-        # The same limit for pictures that turn out larger than the header said.
-        stream.codec_context.options = _limits()
+        stream.codec_context.options = _limits()  # for pictures larger than the header said
         damage: list[str] = []
         step = 1.0 / float(stream.average_rate or stream.guessed_rate or 25)
         seconds, aspect = _header_seconds(container, stream), stream.sample_aspect_ratio
@@ -225,15 +209,9 @@ def _read_video(path: Path, short_side: int | None, alive: Callable[[], object])
 
 
 def _decode(
-    container: InputContainer,
-    stream: VideoStream,
-    damage: list[str],
-    alive: Callable[[], object],
+    container: InputContainer, stream: VideoStream, damage: list[str], alive: Callable[[], object]
 ) -> Iterator[VideoFrame | None]:
-    """Yield all frames that can be decoded, None for one that cannot be trusted.
-
-    Appends to `damage` what went wrong.
-    """
+    """Yield all frames that can be decoded, None for one that is damaged; note that in `damage`."""
     from av import FFmpegError
     from av.error import EOFError as EndOfFile
 
@@ -264,7 +242,7 @@ def _decode(
 
 def _to_rgb(
     raw: VideoFrame, short_side: int | None, aspect: Fraction | None, reformatter: VideoReformatter
-) -> NDArray[np.uint8]:
+) -> Image:
     width, height = raw.width, raw.height
     _check_size(width, height)
     if aspect and aspect != 1 and 1 / 4 <= aspect <= 4:  # pixels that are not square
@@ -303,10 +281,7 @@ class _File(io.FileIO):
 
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Open a file and its first video stream.
-
-    Raises VideoError if it is no video, or may not be read; OSError if the disk failed.
-    """
+    """Open a file and its first video stream; VideoError if it is none, OSError of the disk."""
     import av
     import av.logging
 

@@ -55,7 +55,7 @@ def test_parts_leave_the_lists_to_the_last_call(tmp_path, capsys):
     with pytest.raises(StoreError, match=r"do not look for .*: run `ssl-flow merge"):
         FlowStore(tmp_path / "s", duplicates=False)
     merge_stores([tmp_path / "s"], tmp_path / "s")
-    assert FlowStore(tmp_path / "s", duplicates=False).sources == ["in/a.mp4"]
+    assert FlowStore(tmp_path / "s", duplicates=False)["sources"] == ["in/a.mp4"]
     merged = shard_bytes(tmp_path / "s")
     (tmp_path / "s/manifest.jsonl").write_bytes(b"{}\n")  # as it was before the last part
     with pytest.raises(StoreError, match=r"among 1 sources of the 4 .* run `ssl-flow merge"):
@@ -85,7 +85,7 @@ def test_what_another_call_has_just_finished_is_not_begun_again(tmp_path):
     shard_path(tmp_path, sources[0].name).write_bytes(b"damaged")
     with pytest.raises(SystemExit):
         job(replace(sources[0], frames=killed))
-    assert FlowStore(make_store(tmp_path, [])).sources == []
+    assert FlowStore(make_store(tmp_path, []))["sources"] == []
 
 
 def test_of_two_calls_that_begin_one_store_the_first_one_decides(tmp_path, monkeypatch):
@@ -158,7 +158,7 @@ def test_an_orphaned_worker_is_waited_for(tmp_path):
     write_shard(store, "a")
     timer.join()
     assert verify(store) == {}
-    assert FlowStore(store).sources == ["a"]
+    assert FlowStore(store)["sources"] == ["a"]
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -169,14 +169,14 @@ def test_stores_that_are_being_written_are_not_merged(tmp_path, monkeypatch, sha
         merge_stores(parts, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     merge_stores([parts[0], *parts, tmp_path / "b/../a"], tmp_path / "out")
-    assert FlowStore(tmp_path / "out").sources == ["a", "b"]
+    assert FlowStore(tmp_path / "out")["sources"] == ["a", "b"]
 
 
 def test_a_store_that_may_only_be_read_is_merged(tmp_path, monkeypatch):
     part = make_store(tmp_path / "a", ["a"])
     (part / ".lock").mkdir()  # cannot be opened, by no user
     before = contents(part)
-    assert merge_stores([part], tmp_path / "out").linked == 1
+    assert merge_stores([part], tmp_path / "out")["linked"] == 1
     assert contents(part) == before
     manifest = (tmp_path / "out/manifest.jsonl").read_text()
     assert json.loads(manifest)["source"] == "a"

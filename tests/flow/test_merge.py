@@ -33,8 +33,8 @@ def test_the_result_has_the_bytes_of_one_store_made_at_once(tmp_path, whole, par
     merged = merge_stores(parts, tmp_path / "out", copy=copy)
     assert contents(tmp_path / "out") == contents(whole)
     assert [contents(part) for part in parts] == before
-    assert (merged.sources, merged.pairs) == (4, 12)
-    assert (merged.linked, merged.copied) == ((0, 4) if copy else (4, 0))
+    assert (merged["sources"], merged["pairs"]) == (4, 12)
+    assert (merged["linked"], merged["copied"]) == ((0, 4) if copy else (4, 0))
     shard = shard_path(tmp_path / "out", "a.mp4")
     assert (shard.stat().st_nlink == 1) == copy
     assert len(FlowStore(tmp_path / "out")) == 12
@@ -50,7 +50,7 @@ def test_a_second_call_does_nothing(tmp_path, parts):
     merge_stores(parts, out)
     times = {file: file.stat().st_mtime_ns for file in out.rglob("*.index.json")}
     merged = merge_stores(parts, out)
-    assert (merged.linked, merged.copied, merged.already_there) == (0, 0, 4)
+    assert (merged["linked"], merged["copied"], merged["already_there"]) == (0, 0, 4)
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*.index.json")} == times
 
 
@@ -71,14 +71,14 @@ def test_an_interrupted_call_is_continued(tmp_path, whole, parts, monkeypatch):
     os.link(shard_path(parts[0], "a.mp4"), out / "shards/.a.mp4.tar.link")
     assert len(FlowStore(out)) == 3
     merged = merge_stores(parts, out)
-    assert (merged.linked, merged.already_there) == (3, 1)
+    assert (merged["linked"], merged["already_there"]) == (3, 1)
     assert contents(out) == contents(whole)
     assert verify(parts[0]) == {}
 
 
 def test_a_store_that_is_there_is_added_to(tmp_path, whole, parts):
     merged = merge_stores(parts, parts[0])
-    assert (merged.linked, merged.already_there) == (2, 2)
+    assert (merged["linked"], merged["already_there"]) == (2, 2)
     assert contents(parts[0]) == contents(whole)
     merge_stores(parts[1:], parts[0])
     assert contents(parts[0]) == contents(whole)
@@ -97,7 +97,7 @@ def test_a_file_system_without_links_is_copied_to(tmp_path, whole, parts, monkey
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", refuse)
-    assert merge_stores(parts, tmp_path / "out").copied == 4
+    assert merge_stores(parts, tmp_path / "out")["copied"] == 4
     assert contents(tmp_path / "out") == contents(whole)
 
 
@@ -134,7 +134,7 @@ def test_version_1_stores_are_compared_by_their_bytes(tmp_path):
         del index["sha256"]
         index["samples"] = [row[:-1] for row in index["samples"]]
         file.write_text(json.dumps(index))
-    assert merge_stores(parts, tmp_path / "out").sources == 1
+    assert merge_stores(parts, tmp_path / "out")["sources"] == 1
     assert len(FlowStore(tmp_path / "out")) == 3
     flip(shard_path(parts[1], "a.mp4"), 2000)
     with pytest.raises(StoreError, match="different contents"):

@@ -273,7 +273,7 @@ def test_25_two_calls_at_once_do_not_mix(clips, tmp_path, monkeypatch):
     monkeypatch.setattr("ssl_flow.flow.shard.PATIENCE", 0.1)
     sources = find_sources([clips])[0][:2]
     extract(sources, tmp_path / "store", part=(1, 2))
-    busy = pytest.raises(StoreError, match=f"another call .process {os.getpid()} on .*wait")
+    busy = pytest.raises(StoreError, match="another call: wait")
     with store_lock(tmp_path / "store", shared=False), busy:
         extract(sources, tmp_path / "store")
     with store_lock(tmp_path / "store", shared=True):  # another part
