@@ -1,28 +1,36 @@
-"""The command `ssl-flow flow`: from videos to a store of flow."""
+"""The command `ssl-flow flow`: from videos to a store of flow, or what that would be."""
 
 from __future__ import annotations
 
 import ast
+import os
+import random
 import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
+from . import pool
 from .estimators import OPTIONS, Option
-from .extract import Summary, check_settings, extract
-from .job import Settings
-from .plan import make_plan
-from .pool import TIMEOUT
-from .problems import PROBLEMS_FILE, ProblemError
-from .sources import find_sources, part_of
-from .store import DUPLICATES_FILE, FlowStore
+from .extract import ProblemError, Summary, check_settings, extract
+from .job import Settings, extract_source, with_signs
+from .shard import finished
+from .sources import Source, find_sources, part_of
+from .store import DUPLICATES_FILE, PROBLEMS_FILE, FlowStore
+from .video import Frame
 
 _NAMED = 50  # problems that are printed
+_SAMPLES = 12.0  # seconds that a dry run spends on computing pairs at most
+_ONE = 1.5  # of these, on one video
 
 
 @dataclass
@@ -59,7 +67,7 @@ class FlowCommand:
     """local: processes of this machine. ray: tasks of Ray, on one machine or a cluster."""
     strict: bool = False
     """Stop at the first video that cannot be used completely, with exit code 1."""
-    timeout: float = TIMEOUT
+    timeout: float = pool.TIMEOUT
     """Seconds in which not even a damaged packet is read, and no pair made, after which a video is
     given up; 0: never."""
     dry_run: bool = False
@@ -157,6 +165,83 @@ def _print_summary(summary: Summary, out: Path) -> None:
         f"{len(summary.problems)} problems\n"
         f"{pairs} pairs written in {seconds:.1f} s{rate}; skipped: {skipped or 'none'}"
     )
+
+
+def make_plan(
+    sources: Sequence[Source],
+    out: str | Path,
+    settings: Settings,
+    workers: int = 1,
+    device: str = "cpu",
+    timeout: float = pool.TIMEOUT,
+) -> str:
+    """Say what `extract` would do, and estimate it; nothing is written to the store.
+
+    The first pairs of some videos, a random choice, are computed for about twelve seconds, in a
+    process that may hang or die. That is exact to some ten percent where the videos are alike, and
+    to a factor of two where they are not.
+    """
+    todo = [source for source in sources if finished(Path(out), source.name) is None]
+    random.Random(0).shuffle(todo)
+    tried, good, begin = 0, [(0.0, 0.0, 0.0, 0, 0)], time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        job = partial(_sample, store=Path(scratch), settings=settings, device=device)
+        with closing(pool.run(todo, job, 1, lambda *_: None, timeout)) as results:
+            for _, result, _ in results:
+                tried += 1
+                good += [result] if result is not None else []
+                if time.perf_counter() - begin > _SAMPLES:
+                    break
+    length, covered, spent, pairs, size = map(sum, zip(*good, strict=True))
+    seconds = length / max(tried, 1) * len(todo)
+    scale = seconds / covered if covered else 0.0
+    spent_by_all = spent * scale / max(1, min(workers, os.cpu_count() or 1, len(todo)))
+    lines = [
+        f"{out}: {len(todo)} of {len(sources)} videos to do ({len(sources) - len(todo)} already "
+        f"done), about {_hours(seconds)} of video"
+    ]
+    if len(good) > 1:
+        lines += [
+            f"about {pairs * scale:,.0f} pairs, {size * scale / 1e9:.3g} GB, "
+            f"{_hours(spent_by_all)} with {workers} worker(s); estimated from {pairs} pairs of "
+            f"{len(good) - 1} videos, {tried - len(good) + 1} more could not be read"
+        ]
+    elif todo:
+        lines += ["none of those that were tried could be read: no estimate"]
+    return "\n".join([*lines, "nothing was written (--dry-run)"])
+
+
+def _hours(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _sample(
+    source: Source, tick: pool.Tick, store: Path, settings: Settings, device: str
+) -> tuple[float, float, float, int, int] | None:
+    """Extract the beginning: seconds of video, of these read, spent; pairs, bytes of the tar."""
+    begin, share = time.perf_counter(), 0.0
+    times: list[float] = []
+
+    def beginning(short_side: int | None) -> Iterator[Frame]:
+        nonlocal share
+        times.clear()  # gap "auto" looks at it first
+        end = time.perf_counter() + _ONE
+        for frame in with_signs(source, tick)(short_side):
+            times.append(frame.time)
+            share = frame.share
+            yield frame
+            if time.perf_counter() > end:
+                return
+        share = 1.0
+
+    index, _ = extract_source(replace(source, frames=beginning), tick, store, settings, device)
+    if index is None:
+        return None
+    covered = (times[-1] - times[0]) * len(times) / max(len(times) - 1, 1)
+    length = covered / share if share else covered
+    return length, covered, time.perf_counter() - begin, index["pairs"], index["tar_bytes"]
 
 
 def _say(text: str, error: bool = False) -> None:

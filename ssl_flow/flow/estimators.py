@@ -237,10 +237,7 @@ def flow_validity(flow: Flow, backward: Flow | None = None) -> NDArray[np.bool_]
     """
     if flow.ndim != 3 or flow.shape[2] != 2:
         raise ValueError(f"flow must be (H, W, 2), got {flow.shape}")
-    height, width = flow.shape[:2]
-    x = flow[..., 0] + np.arange(width, dtype=np.float32)
-    y = flow[..., 1] + np.arange(height, dtype=np.float32)[:, None]
-    valid: NDArray[np.bool_] = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
+    x, y, valid = targets(flow)
     if backward is None:
         return valid
     if backward.shape != flow.shape:
@@ -249,6 +246,14 @@ def flow_validity(flow: Flow, backward: Flow | None = None) -> NDArray[np.bool_]
     mismatch = np.square(flow + back).sum(-1)
     size = np.square(flow).sum(-1) + np.square(back).sum(-1)
     return np.asarray(valid & (mismatch < 0.01 * size + 0.5), dtype=bool)
+
+
+def targets(flow: Flow) -> tuple[NDArray, NDArray, NDArray]:
+    """Return x and y (H, W) of where each pixel moves to, and whether that is in the picture."""
+    height, width = flow.shape[:2]
+    x = flow[..., 0] + np.arange(width, dtype=np.float32)
+    y = flow[..., 1] + np.arange(height, dtype=np.float32)[:, None]
+    return x, y, (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
 
 
 def _check_images(prev: Image, next: Image, batch: str) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -22,10 +22,21 @@ from . import pool
 from .codec import CODECS
 from .estimators import MIN_SIZE, Option, method_options, optical_flows
 from .job import Settings, extract_source
-from .problems import ProblemList, read_problems
 from .shard import VERSION, StoreError, finished, replacing, shard_path, store_lock
 from .sources import Problem, Source, fingerprint, part_of
-from .store import SETTINGS_FILE, differing, is_store, read_settings, write_lists
+from .store import (
+    SETTINGS_FILE,
+    differing,
+    is_store,
+    read_problems,
+    read_settings,
+    update_problems,
+    write_lists,
+)
+
+
+class ProblemError(RuntimeError):
+    """A source could not be used, or only in part, and problems were asked to be fatal."""
 
 
 @dataclass
@@ -105,12 +116,19 @@ def extract(
     try:
         _open_store(store, settings)
         with store_lock(store, shared=part[1] > 1):
-            listed = ProblemList(store, strict)
-            summary.problems = listed.problems
+            found: dict[str, str | None] = {}
+
+            def note(source: str, reason: str | None) -> None:
+                found[source] = reason
+                if reason is not None:
+                    summary.problems.append(Problem(source, reason))
+                    if strict:
+                        raise ProblemError(f"{source}: {reason} (problems are fatal with --strict)")
+
             try:
                 for problem in problems:
-                    listed.note(problem.source, problem.reason)
-                todo = _look_up(store, sources, summary, listed)
+                    note(problem.source, problem.reason)
+                todo = _look_up(store, sources, summary, note)
                 run = pool.run
                 if engine == "ray":
                     from . import ray_engine
@@ -128,12 +146,12 @@ def extract(
                             summary.pairs += index["pairs"]
                             summary.bytes += index["tar_bytes"]
                             summary.skipped.update(index["skipped"])
-                        listed.note(source.name, reason)
+                        note(source.name, reason)
             except BaseException:  # Ctrl-C too
                 with suppress(OSError):  # a full disk: not in place of the first error
-                    listed.save()
+                    update_problems(store, found)
                 raise
-            listed.save()
+            update_problems(store, found)
             if part[1] == 1:  # else each of n parts would read the indexes of all
                 summary.duplicates = write_lists(store)
     except OSError as error:
@@ -179,7 +197,7 @@ class Bar(tqdm):
         text = f"{videos}, {self._pairs} pairs, {rate:.1f} pairs/s"
         self.set_postfix_str(text, refresh=False)
         gain = max(share - known, 0.0) * self._weights[source]
-        self.update(min(gain, self.total - self.n))  # the sum of the shares is rounded
+        self.update(min(gain, (self.total or 0) - self.n))  # the sum of the shares is rounded
 
     def done(self, source: Source) -> None:
         """Take note that nothing is left to do for a source."""
@@ -231,7 +249,10 @@ def _open_store(store: Path, settings: Settings) -> None:
 
 
 def _look_up(
-    store: Path, sources: Sequence[Source], summary: Summary, listed: ProblemList
+    store: Path,
+    sources: Sequence[Source],
+    summary: Summary,
+    note: Callable[[str, str | None], None],
 ) -> dict[Source, float]:
     """Return what is not done yet, with its weight (bytes) for the progress bar."""
     todo = {}
@@ -239,7 +260,7 @@ def _look_up(
         try:
             now = size, files = fingerprint(source)
         except OSError as error:
-            listed.note(source.name, f"cannot be reached: {error.strerror}")
+            note(source.name, f"cannot be reached: {error.strerror}")
             continue
         index = finished(store, source.name)
         if index is None:
@@ -247,11 +268,11 @@ def _look_up(
         # Stores of version 1 do not say what image folders held.
         elif (index.get("source_bytes") or size, index.get("source_files") or files) != now:
             shard = shard_path(store, source.name)
-            listed.note(source.name, f"it has changed since {shard} was made: delete that to redo")
+            note(source.name, f"it has changed since {shard} was made: delete that to redo")
         else:
             summary.already_done += 1
             summary.known_pairs += index["pairs"]
-            listed.note(source.name, index["problem"])
+            note(source.name, index["problem"])
     # What hung or killed a worker before would cost the same time again: it comes last.
     bad = (pool.DIED, pool.STALLED)
     late = {name for name, reason in read_problems(store).items() if reason.startswith(bad)}

@@ -16,11 +16,10 @@ from typing import Any, Literal
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from .codec import encode_flow, png
 from .duplicates import RepeatedPairs, Thumbnail
-from .estimators import MIN_SIZE, Option, flow_validity, grey, optical_flows
+from .estimators import MIN_SIZE, Flow, Image, Option, flow_validity, grey, optical_flows
 from .pairs import (
     PROBE_SIZE,
     choose_gap,
@@ -194,14 +193,12 @@ def _samples(
             yield key, dict(zip(names, contents, strict=True)), one.thumbnail.hash
 
 
-def _why_useless(
-    first: NDArray[np.uint8], second: NDArray[np.uint8], flow: NDArray[np.float32]
-) -> str | None:
+def _why_useless(first: Image, second: Image, flow: Flow) -> str | None:
     if not np.isfinite(flow).all():
         return "not_finite"
     if is_motionless(flow):
         return "static"
-    return "cut" if is_cut(first, second, flow, flow_validity(flow)) else None
+    return "cut" if is_cut(first, second, flow) else None
 
 
 def _watched(source: Source, short_side: int, tick: Tick) -> Iterator[Frame]:
@@ -291,6 +288,6 @@ def _one_thread(method: str) -> Iterator[None]:
             torch.set_num_threads(before[1])
 
 
-def _jpeg(image: NDArray[np.uint8]) -> bytes:
+def _jpeg(image: Image) -> bytes:
     bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])[1].tobytes()

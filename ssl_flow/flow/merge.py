@@ -15,9 +15,16 @@ from pathlib import Path
 import tyro
 
 from . import shard
-from .problems import read_problems, update_problems
 from .shard import StoreError, index_files, index_path, read_index, shard_of, store_lock
-from .store import SETTINGS_FILE, differing, is_store, read_settings, write_lists
+from .store import (
+    SETTINGS_FILE,
+    differing,
+    is_store,
+    read_problems,
+    read_settings,
+    update_problems,
+    write_lists,
+)
 
 
 def merge_stores(stores: Sequence[str | Path], out: str | Path, copy: bool = False) -> Counter[str]:

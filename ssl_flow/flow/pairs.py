@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from .estimators import grey, optical_flow
+from .estimators import Flow, Image, grey, optical_flow, targets
 from .video import Frame, VideoError
 
 STILL_DIFFERENCE = 0.25  # grey levels, mean over a 64 x 64 picture: only coding noise below it
@@ -35,9 +35,7 @@ USABLE_MOTION = 4.0
 LARGEST_MOTION = 16.0
 _SECONDS = 3.0  # of the video that are looked at
 _SEARCHED = 15.0  # seconds read at most, to get behind a title or a black picture
-_MOST_PROBED = (
-    1000  # pictures held, 30 MB: time stamps that are wrong can put 10^5 frames in a second
-)
+_MOST_PROBED = 1000  # pictures held, 30 MB: wrong time stamps can put 10^5 frames in a second
 _PLACES = 9  # pairs probed at each gap
 _PERCENTILE = 98  # of the lengths in a picture, as in is_motionless
 
@@ -89,7 +87,7 @@ def pair_frames(
         before = frame
 
 
-def is_still(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> bool:
+def is_still(first: Image, second: Image) -> bool:
     """Tell, before any flow is computed, that two grey images (H, W) are practically the same.
 
     Their `still_thumbnail`s may be given instead.
@@ -98,32 +96,24 @@ def is_still(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> bool:
     return float(np.mean(difference)) < STILL_DIFFERENCE
 
 
-def still_thumbnail(grey: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def still_thumbnail(grey: Image) -> Image:
     """Return what `is_still` looks at of a grey image (H, W): (64, 64)."""
     return np.asarray(cv2.resize(grey, (64, 64), interpolation=cv2.INTER_AREA), dtype=np.uint8)
 
 
-def is_motionless(flow: NDArray[np.float32]) -> bool:
+def is_motionless(flow: Flow) -> bool:
     """Tell that not even the fastest 2 % of the picture move half a pixel (at shorter side 256)."""
     length = np.linalg.norm(flow[::4, ::4], axis=-1)  # every 4th pixel is enough for a percentile
     return bool(np.percentile(length, 98) < STILL_MOTION * min(flow.shape[:2]) / 256)
 
 
-def is_cut(
-    first: NDArray[np.uint8],
-    second: NDArray[np.uint8],
-    flow: NDArray[np.float32],
-    valid: NDArray[np.bool_],
-) -> bool:
+def is_cut(first: Image, second: Image, flow: Flow) -> bool:
     """Tell that the flow does not explain the second picture: a shot cut, or motion too fast.
 
     The second image (H, W), read where `flow` (H, W, 2) points to, must look like the first one
-    wherever that is inside (`valid`). Comparing frames without their motion would take a fast
-    camera for a cut.
+    wherever that is inside. Comparing frames without their motion would take a fast camera for one.
     """
-    height, width = first.shape
-    x = flow[..., 0] + np.arange(width, dtype=np.float32)
-    y = flow[..., 1] + np.arange(height, dtype=np.float32)[:, None]
+    x, y, valid = targets(flow)
     warped = cv2.remap(second, x, y, cv2.INTER_LINEAR)
     inside = valid.view(np.uint8)
     residual = cv2.mean(cv2.absdiff(first, warped), mask=inside)[0]
@@ -165,10 +155,10 @@ def choose_gap(frames: Iterable[Frame], max_gap: float = MAX_GAP) -> float:
 
 def _first_moving_seconds(
     frames: Iterable[Frame],
-) -> tuple[NDArray[np.float64], list[NDArray[np.uint8]]]:
+) -> tuple[NDArray[np.float64], list[Image]]:
     """Return times and grey pictures (H, W) of the first seconds in which anything moves."""
     times: list[float] = []
-    pictures: list[NDArray[np.uint8]] = []
+    pictures: list[Image] = []
     begin: float | None = None
     try:
         for frame in frames:
@@ -190,9 +180,7 @@ def _first_moving_seconds(
     return np.array(times), pictures
 
 
-def _median_motion(
-    times: NDArray[np.float64], pictures: list[NDArray[np.uint8]], gap: float
-) -> float:
+def _median_motion(times: NDArray[np.float64], pictures: list[Image], gap: float) -> float:
     """Return the median motion of pairs `gap` seconds apart; 0 if nothing moves in any of them."""
     last = int(np.searchsorted(times, times[-1] - gap, side="right")) - 1
     motions = []

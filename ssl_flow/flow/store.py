@@ -28,6 +28,7 @@ SETTINGS_FILE = "store.json"
 _OURS = {shard.LOCK_FILE, SETTINGS_FILE, f".{SETTINGS_FILE}.tmp"}  # a call was killed, or begins
 MANIFEST_FILE = "manifest.jsonl"
 DUPLICATES_FILE = "duplicates.json"  # source -> the one it is a copy of
+PROBLEMS_FILE = "problems.jsonl"
 
 
 @dataclass
@@ -64,10 +65,7 @@ class FlowStore:
     sources: list[str]
 
     def __init__(
-        self,
-        path: str | Path,
-        include: str | Sequence[str] | None = None,
-        duplicates: bool = True,
+        self, path: str | Path, include: str | Sequence[str] | None = None, duplicates: bool = True
     ) -> None:
         """Read the settings and the indexes of all shards."""
         include = [include] if isinstance(include, str) else include
@@ -261,6 +259,29 @@ def _image(data: bytes, kind: int, what: str) -> NDArray[Any]:
     if image is None:
         raise ValueError(f"not a {what}")
     return image
+
+
+def update_problems(store: Path, found: Mapping[str, str | None]) -> None:
+    """Write what was `found` over what problems.jsonl says: one line a source, None removes it."""
+    file = store / PROBLEMS_FILE
+    if not any(found.values()) and not file.exists():
+        return
+    # Locked while it is read, too: another call may add its own problems.
+    with shard.replacing(file, keep_empty=False) as new:
+        for source, reason in sorted({**read_problems(store), **found}.items()):
+            if reason is not None:
+                new.write(json.dumps({"source": source, "reason": reason}).encode() + b"\n")
+
+
+def read_problems(store: Path) -> dict[str, str]:
+    """Return what problems.jsonl says, source -> reason; lines that are damaged are left out."""
+    file, problems = store / PROBLEMS_FILE, {}
+    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    for line in text.splitlines():
+        with suppress(ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            problems[str(row["source"])] = str(row["reason"])
+    return problems
 
 
 def is_store(path: Path) -> bool:

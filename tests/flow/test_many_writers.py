@@ -17,7 +17,6 @@ from ssl_flow.flow import store as store_module
 from ssl_flow.flow.command import flow_command
 from ssl_flow.flow.job import Settings, extract_source
 from ssl_flow.flow.merge import merge_stores
-from ssl_flow.flow.problems import ProblemList, read_problems
 from ssl_flow.flow.shard import (
     BusyError,
     ShardWriter,
@@ -26,7 +25,7 @@ from ssl_flow.flow.shard import (
     shard_path,
     store_lock,
 )
-from ssl_flow.flow.store import verify, write_lists
+from ssl_flow.flow.store import read_problems, update_problems, verify, write_lists
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="no locks there")
 
@@ -55,7 +54,7 @@ def test_parts_leave_the_lists_to_the_last_call(tmp_path, capsys):
     with pytest.raises(StoreError, match=r"do not look for .*: run `ssl-flow merge"):
         FlowStore(tmp_path / "s", duplicates=False)
     merge_stores([tmp_path / "s"], tmp_path / "s")
-    assert FlowStore(tmp_path / "s", duplicates=False)["sources"] == ["in/a.mp4"]
+    assert FlowStore(tmp_path / "s", duplicates=False).sources == ["in/a.mp4"]
     merged = shard_bytes(tmp_path / "s")
     (tmp_path / "s/manifest.jsonl").write_bytes(b"{}\n")  # as it was before the last part
     with pytest.raises(StoreError, match=r"among 1 sources of the 4 .* run `ssl-flow merge"):
@@ -85,7 +84,7 @@ def test_what_another_call_has_just_finished_is_not_begun_again(tmp_path):
     shard_path(tmp_path, sources[0].name).write_bytes(b"damaged")
     with pytest.raises(SystemExit):
         job(replace(sources[0], frames=killed))
-    assert FlowStore(make_store(tmp_path, []))["sources"] == []
+    assert FlowStore(make_store(tmp_path, [])).sources == []
 
 
 def test_of_two_calls_that_begin_one_store_the_first_one_decides(tmp_path, monkeypatch):
@@ -120,9 +119,7 @@ def test_the_indexes_are_listed_when_nobody_else_writes_the_manifest(tmp_path, m
 
 
 def test_the_list_of_problems_is_removed_while_it_is_locked(tmp_path, monkeypatch):
-    first = ProblemList(tmp_path, strict=False)
-    first.note("a", "broken")
-    first.save()
+    update_problems(tmp_path, {"a": "broken"})
     (tmp_path / ".problems.jsonl.tmp").write_bytes(b"left by a killed process")
     locked, unlink = [], Path.unlink
 
@@ -132,21 +129,16 @@ def test_the_list_of_problems_is_removed_while_it_is_locked(tmp_path, monkeypatc
         unlink(path, missing_ok)
 
     monkeypatch.setattr(Path, "unlink", watched)
-    second = ProblemList(tmp_path, strict=False)
-    second.note("a", None)
-    second.save()
+    update_problems(tmp_path, {"a": None})
     assert locked == [True]
     assert list(tmp_path.iterdir()) == []
     assert read_problems(tmp_path) == {}
 
 
 def test_parts_keep_the_problems_of_each_other(tmp_path):
-    parts = [ProblemList(tmp_path, strict=False) for _ in range(3)]
-    for part, source in zip(parts, "abc", strict=True):
-        part.note(source, f"{source} is broken")
-        part.save()
-    parts[1].note("b", None)
-    parts[1].save()
+    for source in "abc":
+        update_problems(tmp_path, {source: f"{source} is broken"})
+    update_problems(tmp_path, {"b": None})
     assert read_problems(tmp_path) == {"a": "a is broken", "c": "c is broken"}
 
 
@@ -158,7 +150,7 @@ def test_an_orphaned_worker_is_waited_for(tmp_path):
     write_shard(store, "a")
     timer.join()
     assert verify(store) == {}
-    assert FlowStore(store)["sources"] == ["a"]
+    assert FlowStore(store).sources == ["a"]
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -169,7 +161,7 @@ def test_stores_that_are_being_written_are_not_merged(tmp_path, monkeypatch, sha
         merge_stores(parts, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     merge_stores([parts[0], *parts, tmp_path / "b/../a"], tmp_path / "out")
-    assert FlowStore(tmp_path / "out")["sources"] == ["a", "b"]
+    assert FlowStore(tmp_path / "out").sources == ["a", "b"]
 
 
 def test_a_store_that_may_only_be_read_is_merged(tmp_path, monkeypatch):

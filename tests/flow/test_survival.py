@@ -20,7 +20,7 @@ from clips import living_source, moving, shard_bytes, write_video
 
 from ssl_flow.flow import FlowStore, Frame, Source, StoreError, extract, find_sources
 from ssl_flow.flow.command import flow_command
-from ssl_flow.flow.problems import ProblemError
+from ssl_flow.flow.extract import ProblemError
 from ssl_flow.flow.shard import store_lock
 from ssl_flow.flow.store import verify
 

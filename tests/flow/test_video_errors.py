@@ -14,8 +14,8 @@ from broken import place_of_pictures, point_into_nowhere
 from clips import moving, write_video
 
 from ssl_flow.flow import VideoError, extract, find_sources, read_frames
+from ssl_flow.flow import command as command_module
 from ssl_flow.flow import job as job_module
-from ssl_flow.flow import plan as plan_module
 from ssl_flow.flow import video as video_module
 from ssl_flow.flow.job import Settings
 
@@ -210,7 +210,7 @@ def test_07_damaged_parts_are_signs_of_life_in_a_dry_run_too(tmp_path):
     def tick(share=0.0, pairs=0):
         signs.append((share, pairs))
 
-    assert plan_module._sample(source, tick, tmp_path / "store", settings, "cpu")
+    assert command_module._sample(source, tick, tmp_path / "store", settings, "cpu")
     assert sum(sign == (0.0, 0) for sign in signs) >= 60  # packets
 
 
