@@ -1,11 +1,10 @@
 """Pictures and videos that a collection holds twice, found by perceptual hashes.
 
 The hash says which of the 8 x 8 lowest frequencies of a picture are above their median: 64 bits
-that survive another size, another encoder and another brightness (C. Zauner, "Implementation and
-Benchmarking of Perceptual Image Hash Functions", 2010, section 3.2.1). Measured on 20 clips
-encoded again at 240 lines and a coarse quantiser: 99 % of the frames within `NEAR` bits of their
-original, no frame within `NEAR` bits of any other clip, not even where two show one person in one
-room (at 6 bits there are some). A difference hash has 89 %, and 7 % for those two clips.
+that survive another size, encoder and brightness (C. Zauner, "Implementation and Benchmarking of
+Perceptual Image Hash Functions", 2010, section 3.2.1). Measured on 20 clips encoded again at 240
+lines and a coarse quantiser: 99 % of the frames within `NEAR` bits of their original, no frame
+within `NEAR` bits of any other clip, not even of one person in one room (at 6 bits there are some).
 """
 
 from __future__ import annotations

@@ -28,7 +28,6 @@ from .store import (
     SETTINGS_FILE,
     differing,
     is_store,
-    read_problems,
     read_settings,
     update_problems,
     write_lists,
@@ -273,7 +272,4 @@ def _look_up(
             summary.already_done += 1
             summary.known_pairs += index["pairs"]
             note(source.name, index["problem"])
-    # What hung or killed a worker before would cost the same time again: it comes last.
-    bad = (pool.DIED, pool.STALLED)
-    late = {name for name, reason in read_problems(store).items() if reason.startswith(bad)}
-    return dict(sorted(todo.items(), key=lambda entry: entry[0].name in late))
+    return todo

@@ -44,7 +44,7 @@ _NAME_ERRORS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What all pairs of a store have in common; `extract` explains each."""
+    """What all pairs of a store have in common; the command `ssl-flow flow` explains each."""
 
     method: str
     options: dict[str, Option]

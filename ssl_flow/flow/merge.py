@@ -7,15 +7,16 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 from . import shard
-from .shard import StoreError, index_files, index_path, read_index, shard_of, store_lock
+from .shard import StoreError, index_files, read_index, shard_of, store_lock
 from .store import (
     SETTINGS_FILE,
     differing,
@@ -64,33 +65,35 @@ def merge_stores(stores: Sequence[str | Path], out: str | Path, copy: bool = Fal
             if is_store(target):
                 raise StoreError(f"{target} has just been made by another call: repeat this one")
             shard.write_atomically(target / SETTINGS_FILE, (parts[0] / SETTINGS_FILE).read_bytes())
-        # First, because afterwards it is not seen any more where a source was done.
-        _merge_problems(parts, files, target)
+        problems: dict[str, str | None] = {}
+        for part in parts:
+            problems = {**read_problems(part), **problems}
         merged = Counter(sources=len(files))
         for name, file in files.items():
-            _transfer(file, target / name, copy, merged)
+            index = read_index(file)
+            problems[index["source"]] = index.get("problem")  # what another store could not do
+            merged["pairs"] += index["pairs"]
+            merged[_transfer(file, index, target / name, copy)] += 1
+        update_problems(target, problems)
         write_lists(target)
     return merged
 
 
-def _transfer(file: Path, place: Path, copy: bool, merged: Counter[str]) -> None:
-    """Bring the shard of one index file, and then that, to `place`; count it."""
-    index, tar = read_index(file), shard_of(file)
-    merged["pairs"] += index["pairs"]
+def _transfer(file: Path, index: Mapping[str, Any], place: Path, copy: bool) -> str:
+    """Bring the shard of one index file, and then that, to `place`; say how."""
+    tar, how = shard_of(file), "linked"
     with suppress(StoreError, FileNotFoundError):
         shard.check_size(shard_of(place), index)
         if place.read_bytes() == file.read_bytes():
-            merged["already_there"] += 1
-            return
+            return "already_there"
     place.parent.mkdir(parents=True, exist_ok=True)
-    if not copy and _link(tar, shard_of(place)):
-        merged["linked"] += 1
-    else:
+    if copy or not _link(tar, shard_of(place)):
+        how = "copied"
         shard.check_sum(tar, index)
         with tar.open("rb") as old, shard.replacing(shard_of(place)) as new:
             shutil.copyfileobj(old, new)
-        merged["copied"] += 1
     shard.write_atomically(place, file.read_bytes())
+    return how
 
 
 def _collect(stores: Sequence[Path]) -> dict[Path, Path]:
@@ -125,19 +128,6 @@ def _link(tar: Path, place: Path) -> bool:
     temporary.replace(place)
     temporary.unlink(missing_ok=True)  # renaming a link to itself does nothing
     return True
-
-
-def _merge_problems(stores: Sequence[Path], files: Container[Path], target: Path) -> None:
-    """Join the lists of problems, but for sources that another store could do."""
-    found: dict[str, str | None] = {}
-    for store in stores:
-        for source, reason in read_problems(store).items():
-            place = Path()
-            with suppress(ValueError):  # a name that no store can have
-                place = index_path(place, source)
-            mine = place not in files or (store / place).exists()
-            found[source] = found.get(source) or (reason if mine else None)
-    update_problems(target, found)
 
 
 @dataclass

@@ -35,7 +35,6 @@ Results = Generator[tuple[Item, Result | None, str | None], None, None]
 
 TIMEOUT = 120.0  # seconds: the slowest method takes 20 s for a pair of megapixels
 DIED = "its worker process died"
-STALLED = "no progress for"
 _ENDED = (-signal.SIGTERM, -signal.SIGINT)  # exit codes of a process that was told to end
 _TELL = 0.2  # seconds between two messages of a worker
 
@@ -115,7 +114,7 @@ def run(
                 else:
                     worker.idle += waited
                     if timeout and worker.idle > timeout:
-                        reason = f"{STALLED} {timeout:g} s: given up (see timeout)"
+                        reason = f"no progress for {timeout:g} s: given up (see timeout)"
                 if reason is not None:
                     worker.end()  # replaced when there is something to give it
                     yield worker.free(), None, reason

@@ -161,6 +161,8 @@ def test_problems_are_joined_but_for_what_another_store_could_do(tmp_path, parts
     rows = [{"clips/b.mp4": "died", "x": "broken", "a.mp4": "cut"}, {"x": "broken", "/y": "odd"}]
     for part, reasons in zip(parts, rows, strict=True):
         note(part, **reasons)
+    file = index_path(parts[0], "a.mp4")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "problem": "cut"}))
     for _ in range(2):
         merge_stores(parts, tmp_path / "out")
         lines = (tmp_path / "out/problems.jsonl").read_text().splitlines()
