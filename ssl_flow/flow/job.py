@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import importlib
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,16 @@ import numpy as np
 
 from .codec import encode_flow, png
 from .duplicates import RepeatedPairs, Thumbnail
-from .estimators import MIN_SIZE, Flow, Image, Option, flow_validity, grey, optical_flows
+from .estimators import (
+    MIN_SIZE,
+    OPENCV_METHODS,
+    Flow,
+    Image,
+    Option,
+    flow_validity,
+    grey,
+    optical_flows,
+)
 from .pairs import (
     PROBE_SIZE,
     choose_gap,
@@ -85,7 +93,7 @@ def extract_source(
             return index, index["problem"]
         # A damaged one, which would be met if the source cannot be read any more.
         index_path(store, source.name).unlink(missing_ok=True)
-        samples = _samples(source, tick, settings, device, facts, skipped)
+        samples = _samples(source, tick, settings, device, facts, skipped, problems)
         try:
             for key, members, picture in _survive(samples, problems):
                 writer.add(key, members)
@@ -119,7 +127,7 @@ def _survive(samples: Iterator[Any], problems: list[str]) -> Iterator[Any]:
     """Turn whatever a stranger's file makes go wrong into a problem of that file alone."""
     try:
         yield from samples
-    except ImportError:
+    except (ImportError, _Passing):
         raise  # a missing library is no fault of the file
     except (MemoryError, RuntimeError, OSError) as error:
         raise _Passing(f"{type(error).__name__}: {error}") from error
@@ -142,6 +150,7 @@ def _samples(
     device: str,
     facts: dict[str, Any],
     skipped: Counter[str],
+    problems: list[str],
 ) -> Iterator[tuple[str, dict[str, bytes], int]]:
     """Yield key, members and perceptual hash of each pair worth keeping; count the others.
 
@@ -157,7 +166,9 @@ def _samples(
             facts["frames"] += 1
             yield frame
 
-    pairs = pair_frames(frames(), gap, gap if settings.every is None else settings.every, skipped)
+    every = gap if settings.every is None else settings.every
+    # Here, too: what was read before damage must get through the groups.
+    pairs = pair_frames(_survive(frames(), problems), gap, every, skipped)
     for group in _groups(_moving(pairs, skipped), 1 if device == "cpu" else _GROUP):
         first, second = (np.stack([pair[i].grey for pair in group]) for i in (0, 1))
         flows = optical_flows(first, second, method, device, **options)
@@ -251,18 +262,13 @@ def _moving(pairs: Iterator[tuple[Frame, Frame]], skipped: Counter[str]) -> Iter
 
 
 def _groups(pairs: Iterator[_Pair], size: int) -> Iterator[list[_Pair]]:
-    """Collect up to `size` pairs of one shape; those before an error come before it."""
+    """Collect up to `size` pairs of one shape."""
     group: list[_Pair] = []
-    try:
-        for pair in pairs:
-            if group and (len(group) == size or group[0][0].grey.shape != pair[0].grey.shape):
-                yield group
-                group = []
-            group.append(pair)
-    except Exception:
-        if group:
+    for pair in pairs:
+        if group and (len(group) == size or group[0][0].grey.shape != pair[0].grey.shape):
             yield group
-        raise
+            group = []
+        group.append(pair)
     if group:
         yield group
 
@@ -273,9 +279,8 @@ def _one_thread(method: str) -> Iterator[None]:
 
     The workers fill the processor already, and sums in another order would change the bytes.
     """
-    if method in ("tvl1", "farneback-torch", "raft"):
-        importlib.import_module("torch")  # before the method does, while it may still be told
-    torch = sys.modules.get("torch")  # not imported for this: half of the methods do without
+    # Half of the methods do without torch, and it takes a second to import.
+    torch = None if method in (*OPENCV_METHODS, "farneback") else importlib.import_module("torch")
     before = cv2.getNumThreads(), torch.get_num_threads() if torch else 0
     cv2.setNumThreads(1)
     if torch:

@@ -28,14 +28,14 @@ from .store import (
 )
 
 
-def merge_stores(stores: Sequence[str | Path], out: str | Path, copy: bool = False) -> Counter[str]:
+def merge_stores(stores: Sequence[str | Path], out: str | Path) -> Counter[str]:
     """Join stores that were made with the same settings.
 
     The result has the same bytes as one store made at once; a store that is at `out` is added to.
     An interrupted call is continued by repeating it. Nothing is written before all stores have been
     looked at. Shards become hard links where the file system allows it: no time, no space, and
-    safe, because a shard is never changed, only replaced. With `copy`, and elsewhere, they are
-    copied and compared with their checksums. Returns numbers of `sources` and `pairs`, and of
+    safe, because a shard is never changed, only replaced. Elsewhere they are copied and compared
+    with their checksums. Returns numbers of `sources` and `pairs`, and of
     shards `linked`, `copied` and `already_there`.
 
     StoreError: a store is missing, damaged or being written, two differ in a setting, the same
@@ -73,13 +73,13 @@ def merge_stores(stores: Sequence[str | Path], out: str | Path, copy: bool = Fal
             index = read_index(file)
             problems[index["source"]] = index.get("problem")  # what another store could not do
             merged["pairs"] += index["pairs"]
-            merged[_transfer(file, index, target / name, copy)] += 1
+            merged[_transfer(file, index, target / name)] += 1
         update_problems(target, problems)
         write_lists(target)
     return merged
 
 
-def _transfer(file: Path, index: Mapping[str, Any], place: Path, copy: bool) -> str:
+def _transfer(file: Path, index: Mapping[str, Any], place: Path) -> str:
     """Bring the shard of one index file, and then that, to `place`; say how."""
     tar, how = shard_of(file), "linked"
     with suppress(StoreError, FileNotFoundError):
@@ -87,7 +87,7 @@ def _transfer(file: Path, index: Mapping[str, Any], place: Path, copy: bool) -> 
         if place.read_bytes() == file.read_bytes():
             return "already_there"
     place.parent.mkdir(parents=True, exist_ok=True)
-    if copy or not _link(tar, shard_of(place)):
+    if not _link(tar, shard_of(place)):
         how = "copied"
         shard.check_sum(tar, index)
         with tar.open("rb") as old, shard.replacing(shard_of(place)) as new:
@@ -138,15 +138,13 @@ class MergeCommand:
     """Folders of the stores; they are left as they are."""
     out: Path
     """Folder of the result. An interrupted call is continued by repeating it."""
-    copy: bool = False
-    """Copy the shards and compare their checksums; otherwise they are hard links where possible."""
 
 
 def merge_command(argv: Sequence[str]) -> int:
     """Run `ssl-flow merge-flow`; returns the exit code: 0, or 2 if the stores cannot be merged."""
     command = tyro.cli(MergeCommand, args=list(argv), prog="ssl-flow merge-flow")
     try:
-        merged = merge_stores(command.stores, command.out, command.copy)
+        merged = merge_stores(command.stores, command.out)
     except (ValueError, OSError) as error:
         print(f"ssl-flow merge-flow: error: {error}", file=sys.stderr)
         return 2

@@ -123,11 +123,11 @@ def is_cut(first: Image, second: Image, flow: Flow) -> bool:
     return few or residual > CUT_RESIDUAL * contrast
 
 
-def choose_gap(frames: Iterable[Frame], max_gap: float = MAX_GAP) -> float:
+def choose_gap(frames: Iterable[Frame]) -> float:
     """Choose the seconds between the two frames of a pair, from the first seconds of a video.
 
     The gap starts at one frame and is doubled until the median pair moves enough, though not so far
-    that the methods lose it; `max_gap` if nothing moves. The motion of a pair is what the fastest
+    that the methods lose it; `MAX_GAP` if nothing moves. The motion of a pair is what the fastest
     2 % of its picture exceed, so that a small thing in front of a static camera counts and is not
     driven too far. Pairs in which nothing moves are left out of the median, as they are left out of
     the store.
@@ -137,10 +137,10 @@ def choose_gap(frames: Iterable[Frame], max_gap: float = MAX_GAP) -> float:
     """
     times, pictures = _first_moving_seconds(frames)
     if len(pictures) < 2:
-        return max_gap
+        return MAX_GAP
     step = float(np.median(np.diff(times)))
     chosen = gap = step
-    while gap < max_gap:
+    while gap < MAX_GAP:
         motion = _median_motion(times, pictures, gap)
         if motion > LARGEST_MOTION:
             break  # the gap before it, or one frame where even that is much
@@ -149,8 +149,8 @@ def choose_gap(frames: Iterable[Frame], max_gap: float = MAX_GAP) -> float:
             break
         gap *= 2
     else:
-        chosen = max_gap
-    return round(min(chosen, max_gap), 6)
+        chosen = MAX_GAP
+    return round(min(chosen, MAX_GAP), 6)
 
 
 def _first_moving_seconds(

@@ -16,19 +16,15 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import connection, get_context, parent_process, resource_tracker
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Tick(Protocol):
-    """A job calls it for each packet, frame and pair: also a sign that it is alive."""
-
-    def __call__(self, share: float = 0.0, pairs: int = 0) -> None:
-        """`share` of the item that is done, 0 to 1; `pairs` made since the last call."""
-
-
+# A job calls tick(share=0.0, pairs=0) for each packet, frame and pair: also a sign that it is
+# alive. `share` is what is done of the item, 0 to 1; `pairs` those made since the last call.
+Tick = Callable[..., None]
 Job = Callable[[Item, Tick], Result]
 Report = Callable[[Item, float, int], None]  # item, its share, new pairs; see Tick
 Results = Generator[tuple[Item, Result | None, str | None], None, None]

@@ -39,22 +39,18 @@ def spread_pairs(numbers: NDArray[np.int64], count: int) -> list[int]:
     return [int(number) for number in np.concatenate(chosen)]
 
 
-def show_flow(
-    store: FlowStore, out: str | Path, count: int = 12, full_color: float | None = None
-) -> None:
+def show_flow(store: FlowStore, out: str | Path, count: int = 12) -> None:
     """Draw a sheet (PNG): pairs as frame, flow and what is valid; the wheel; motion lengths.
 
-    `count` pairs are spread over the videos, the same ones in each call. `full_color` is the length
-    in pixels drawn in the wheel's full colours; None takes for each pair the length that 99 % of
-    its pixels stay below, and says it.
-
-    ValueError: `count` or `full_color` is not positive, the store holds no pair or a damaged one.
+    `count` pairs are spread over the videos, the same ones in each call. Each pair's colours are
+    full at the length that 99 % of its pixels stay below, which is written above it. ValueError:
+    `count` is not positive, the store holds no pair or a damaged one.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no display
     from matplotlib.figure import Figure
 
-    if count < 1 or (full_color is not None and full_color <= 0):
-        raise ValueError(f"count and full color must be above 0, got {count} and {full_color}")
+    if count < 1:
+        raise ValueError(f"count must be above 0, got {count}")
     if len(store) == 0:
         raise ValueError(f"{store.path} holds no pair")
     samples = [store[number] for number in spread_pairs(store.source_numbers, count)]
@@ -65,7 +61,7 @@ def show_flow(
     FigureCanvasAgg(figure)
     head, body = figure.subfigures(2, 1, squeeze=False, height_ratios=heights).ravel()
     wheel, histogram = head.subplots(1, 2, width_ratios=[1, 3.4])
-    _draw_wheel(wheel, full_color)
+    _draw_wheel(wheel)
     _draw_histogram(histogram, store)
     method, size, gap = (store.settings[key] for key in ("method", "size", "gap"))
     head.suptitle(
@@ -79,7 +75,7 @@ def show_flow(
         axis.axis("off")
     for sample, (left, middle, right) in zip(samples, axes, strict=False):
         lengths, meta = _lengths(sample), sample.meta
-        full = full_color or max(float(np.percentile(lengths, 99)), 0.1)
+        full = max(float(np.percentile(lengths, 99)), 0.1)
         grey = cv2.cvtColor(cv2.cvtColor(sample.frame, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
         grey[~sample.valid] = _INVALID
         left.imshow(sample.frame)
@@ -97,14 +93,13 @@ def show_flow(
         figure.savefig(out, format="png", metadata={"Software": None})
 
 
-def _draw_wheel(axis: Any, full_color: float | None) -> None:  # noqa: ANN401
+def _draw_wheel(axis: Any) -> None:  # noqa: ANN401
     grid = np.linspace(-1.1, 1.1, 301, dtype=np.float32)
     flow = np.stack(np.meshgrid(grid, grid), axis=-1)  # (301, 301, 2), x right, y down
     picture = flow_to_rgb(flow, 1.0)
     picture[np.linalg.norm(flow, axis=-1) > 1] = 255
     axis.imshow(picture, extent=(-1.1, 1.1, 1.1, -1.1))
-    radius = "the pair's full colour" if full_color is None else f"{full_color:g} px"
-    axis.set_title(f"direction of motion; radius = {radius}", fontsize=9)
+    axis.set_title("direction of motion; radius = the pair's full colour", fontsize=9)
     axis.set_xticks([-1, 0, 1], ["left", "0", "right"])
     axis.set_yticks([-1, 0, 1], ["up", "0", "down"])
     axis.spines[:].set_visible(False)
@@ -154,15 +149,13 @@ class ShowFlowCommand:
     """The picture (PNG)."""
     count: int = 12
     """Number of pairs, spread over the videos."""
-    full_color: float | None = None
-    """Length in pixels drawn in full colour; None: for each pair its own."""
 
 
 def show_flow_command(argv: Sequence[str]) -> int:
     """Run `ssl-flow show flow`; returns the exit code: 0, or 2 if the store cannot be shown."""
     command = tyro.cli(ShowFlowCommand, args=list(argv), prog="ssl-flow show flow")
     try:
-        show_flow(FlowStore(command.store), command.out, command.count, command.full_color)
+        show_flow(FlowStore(command.store), command.out, command.count)
     except (ValueError, OSError, ImportError) as error:
         print(f"ssl-flow show flow: error: {error}", file=sys.stderr)
         return 2

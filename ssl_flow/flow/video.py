@@ -32,6 +32,7 @@ _LASTING = (
     errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG,
 )  # fmt: skip
 _NOTHING = "there is nothing"
+_FOLDER_FPS = 24.0  # frames a second of an image folder, which has no times of its own
 
 
 class VideoError(ValueError):
@@ -60,7 +61,6 @@ class Frame:
 def read_frames(
     path: str | Path,
     short_side: int | None = None,
-    folder_fps: float = 24.0,
     alive: Callable[[], object] = lambda: None,
 ) -> Iterator[Frame]:
     """Yield the frames of a video file, or of a folder of images, in order of display.
@@ -70,7 +70,7 @@ def read_frames(
     on at the next key frame. Only when the last good frame has been yielded does a `VideoError` say
     what was wrong: catch it to keep what could be read.
 
-    Images of a folder are sorted by the numbers in their names, `folder_fps` a second. Frames are
+    Images of a folder are sorted by the numbers in their names, 24 a second. Frames are
     shrunk to a shorter side of `short_side` pixels (aspect kept, area interpolation, never
     enlarged). `alive` is called for each packet or image, also where no frame comes of it.
 
@@ -81,7 +81,7 @@ def read_frames(
     """
     path = Path(path)
     if path.is_dir():
-        yield from _read_folder(path, short_side, folder_fps, alive)
+        yield from _read_folder(path, short_side, alive)
         return
     reason = why_no_file(path)
     if reason == _NOTHING:
@@ -119,7 +119,7 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def _read_folder(
-    folder: Path, short_side: int | None, fps: float, alive: Callable[[], object]
+    folder: Path, short_side: int | None, alive: Callable[[], object]
 ) -> Iterator[Frame]:
     bad: list[str] = []
     files = image_files(folder)
@@ -134,7 +134,7 @@ def _read_folder(
         if size[::-1] != image.shape[:2]:
             image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)  # type: ignore[assignment]
         rgb = np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), dtype=np.uint8)
-        yield Frame(index / fps, rgb, (index + 1) / len(files))
+        yield Frame(index / _FOLDER_FPS, rgb, (index + 1) / len(files))
     if bad:
         raise VideoError(f"{len(bad)} unusable image(s): {bad[0]}")
 

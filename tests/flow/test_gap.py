@@ -39,7 +39,6 @@ def test_the_gap_is_a_time_whatever_the_frame_rate():
 def test_a_static_video_takes_the_largest_gap():
     still = [texture(1, 128, 160)] * 60
     assert choose_gap(video(still)) == MAX_GAP
-    assert choose_gap(video(still), max_gap=0.5) == 0.5
 
 
 def test_a_small_thing_before_a_static_camera_counts():

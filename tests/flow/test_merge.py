@@ -27,16 +27,23 @@ def parts(tmp_path):
     return [make_store(tmp_path / f"part{i}", NAMES[i::2]) for i in range(2)]
 
 
-@pytest.mark.parametrize("copy", [False, True])
-def test_the_result_has_the_bytes_of_one_store_made_at_once(tmp_path, whole, parts, copy):
+@pytest.fixture
+def no_links(monkeypatch):
+    def refuse(*arguments):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+
+
+def test_the_result_has_the_bytes_of_one_store_made_at_once(tmp_path, whole, parts):
     before = [contents(part) for part in parts]
-    merged = merge_stores(parts, tmp_path / "out", copy=copy)
+    merged = merge_stores(parts, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(whole)
     assert [contents(part) for part in parts] == before
     assert (merged["sources"], merged["pairs"]) == (4, 12)
-    assert (merged["linked"], merged["copied"]) == ((0, 4) if copy else (4, 0))
+    assert (merged["linked"], merged["copied"]) == (4, 0)
     shard = shard_path(tmp_path / "out", "a.mp4")
-    assert (shard.stat().st_nlink == 1) == copy
+    assert shard.stat().st_nlink == 2
     assert len(FlowStore(tmp_path / "out")) == 12
 
 
@@ -92,11 +99,7 @@ def test_writing_into_the_result_does_not_reach_the_parts(tmp_path, parts):
     assert shard_path(parts[0], "a.mp4").stat().st_nlink == 1
 
 
-def test_a_file_system_without_links_is_copied_to(tmp_path, whole, parts, monkeypatch):
-    def refuse(*arguments):
-        raise OSError(18, "Invalid cross-device link")
-
-    monkeypatch.setattr(os, "link", refuse)
+def test_a_file_system_without_links_is_copied_to(tmp_path, whole, parts, no_links):
     assert merge_stores(parts, tmp_path / "out")["copied"] == 4
     assert contents(tmp_path / "out") == contents(whole)
 
@@ -141,11 +144,11 @@ def test_version_1_stores_are_compared_by_their_bytes(tmp_path):
         merge_stores(parts, tmp_path / "out2")
 
 
-def test_damage_is_refused(tmp_path, parts):
+def test_damage_is_refused(tmp_path, parts, no_links):
     shard = shard_path(parts[0], "a.mp4")
     flip(shard, 2000)
     with pytest.raises(StoreError, match=r"part0/shards/a\.mp4\.tar is damaged .*sha256"):
-        merge_stores(parts, tmp_path / "copied", copy=True)
+        merge_stores(parts, tmp_path / "copied")
     assert not index_path(tmp_path / "copied", "a.mp4").exists()
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(StoreError, match=r"part0/shards/a\.mp4\.tar has"):
@@ -187,8 +190,6 @@ def test_the_command(tmp_path, whole, parts, capsys):
     command = ["merge-flow", *map(str, parts), "--out", str(out)]
     assert main(command) == 0
     assert "4 sources, 12 pairs; shards: 4 linked" in capsys.readouterr().out
-    assert main([*command[:-1], str(tmp_path / "copy"), "--copy"]) == 0
-    assert "4 copied" in capsys.readouterr().out
     assert main(["merge-flow", str(tmp_path / "absent"), "--out", str(out)]) == 2
     assert "not a flow store" in capsys.readouterr().err
     (tmp_path / "thesis").mkdir()
