@@ -52,7 +52,6 @@ WITH_CALLS = {
     "is_cut": "checks",
     "seen": "checks",
     "still_thumbnail": "checks",
-    "_small": "checks",
     "_hash": "checks",
     "encode_flow": "encode flow",
     "_jpeg": "encode frame",

@@ -22,7 +22,7 @@ from . import pool
 from .codec import CODECS
 from .estimators import MIN_SIZE, Option, method_options, optical_flows
 from .job import Settings, extract_source
-from .shard import VERSION, StoreError, finished, replacing, shard_path, store_lock
+from .shard import VERSION, StoreError, finished, shard_path, store_lock, write_atomically
 from .sources import Problem, Source, fingerprint, part_of
 from .store import (
     SETTINGS_FILE,
@@ -113,8 +113,10 @@ def extract(
     job = partial(extract_source, store=store.absolute(), settings=settings, device=device)
     summary = Summary(sources=len(sources))
     try:
-        _open_store(store, settings)
+        is_store(store)  # raises where something else is
+        store.mkdir(parents=True, exist_ok=True)
         with store_lock(store, shared=part[1] > 1):
+            _open_store(store, settings)
             found: dict[str, str | None] = {}
 
             def note(source: str, reason: str | None) -> None:
@@ -235,10 +237,7 @@ def _open_store(store: Path, settings: Settings) -> None:
     """Make the store, or check that the one that is there was made with the same settings."""
     wanted: dict[str, Any] = {"version": VERSION, **asdict(settings)}
     if not is_store(store):
-        store.mkdir(parents=True, exist_ok=True)
-        file = store / SETTINGS_FILE
-        with replacing(file) as new:  # locked: of two calls that begin here the first one decides
-            new.write(file.read_bytes() if file.exists() else json.dumps(wanted, indent=2).encode())
+        write_atomically(store / SETTINGS_FILE, json.dumps(wanted, indent=2).encode())
     found = read_settings(store)
     if key := differing(wanted, found):
         raise StoreError(

@@ -38,7 +38,7 @@ from .pairs import (
     still_thumbnail,
 )
 from .pool import Tick
-from .shard import BusyError, ShardWriter, finished, index_path, member_names, safe_name
+from .shard import ShardWriter, finished, index_path, member_names, safe_name
 from .sources import Source, fingerprint
 from .video import Frame, VideoError, read_frames
 
@@ -77,8 +77,6 @@ def extract_source(
         return None, f"cannot be reached: {error.strerror}"
     try:
         writer = ShardWriter(store, source.name)
-    except BusyError as error:
-        return None, str(error)
     except OSError as error:
         if error.errno in _NAME_ERRORS:
             return None, f"its name cannot be stored: {error.strerror}"

@@ -118,7 +118,6 @@ def _collect(stores: Sequence[Path]) -> dict[Path, Path]:
 
 def _link(tar: Path, place: Path) -> bool:
     """Make `place` a hard link to `tar`; False where that is not possible."""
-    # Not the name that `open_temporary` empties: it would empty the shard this one is linked to.
     temporary = place.with_name(f".{place.name}.link")
     temporary.unlink(missing_ok=True)
     try:

@@ -9,11 +9,10 @@ import errno
 import hashlib
 import io
 import json
-import math
 import os
 import re
+import secrets
 import tarfile
-import time
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -29,19 +28,14 @@ VERSION = 2
 MEND = "delete this file and run the same `ssl-flow flow` command again"
 INDEX_SUFFIX = ".index.json"
 LOCK_FILE = ".lock"
-PATIENCE = 3.0  # seconds: the processes of a killed call end within one
 _BLOCK = 512  # a tar is made of blocks of this many bytes
-# Bytes of a file name: most systems allow 255; ours get up to 16 more (".", ".index.json", ".tmp").
+# Bytes of a file name: most systems allow 255; ours get up to 25 more (".", ".index.json", ".tmp").
 _LONGEST_NAME = 200
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 class StoreError(ValueError):
     """A store is missing, damaged, or made with other settings; the message says what to do."""
-
-
-class BusyError(StoreError):
-    """Another process is writing the same file at this moment."""
 
 
 def member_names(codec: str, consistency: bool) -> list[str]:
@@ -135,25 +129,6 @@ def finished(store: Path, source: str) -> dict[str, Any] | None:
     return index
 
 
-def _take_lock(file: IO[Any], patience: float, shared: bool = False) -> bool:
-    """Lock an open file; False where the system has no locks.
-
-    Raises BlockingIOError if for `patience` seconds another process has held it.
-    """
-    end = time.monotonic() + patience
-    while fcntl is not None:
-        try:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() >= end:
-                raise
-            time.sleep(0.05)
-        except OSError:
-            break
-    return False
-
-
 @contextmanager
 def store_lock(store: Path, shared: bool = False) -> Iterator[None]:
     """Keep other calls out of a store, and clean up behind one that was killed.
@@ -161,49 +136,33 @@ def store_lock(store: Path, shared: bool = False) -> Iterator[None]:
     The lock ends with the process, however that ends. A `shared` one lets in others that are shared
     as well: parts of the same work. StoreError: another call is writing there.
     """
+    alone = fcntl is not None and not shared
 
     def remove_leftovers() -> None:
         for path in store.rglob(".*.tmp") if alone else ():
-            with suppress(OSError), path.open("ab") as temporary:
-                if _take_lock(temporary, patience=0):  # no living process writes to it
-                    path.unlink()
+            path.unlink(missing_ok=True)
 
     with (store / LOCK_FILE).open("a") as file:
         try:
-            alone = _take_lock(file, PATIENCE, shared) and not shared
+            if fcntl is not None:
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StoreError(
                 f"{store} is being written by another call: wait until it ends, or use another "
                 "folder; parts of one work (--shard) may share a store"
             ) from None
-        remove_leftovers()
+        except OSError:  # a file system without locks
+            alone = False
         try:
+            remove_leftovers()  # of a killed call
             yield
         finally:
             remove_leftovers()  # of workers that were ended in their work
 
 
-def open_temporary(path: Path, patience: float = math.inf) -> IO[bytes]:
-    """Open an empty file beside `path`, to be written and then renamed to it by `put_in_place`.
-
-    Its name depends on `path` alone, so that what a killed process leaves behind is used up by the
-    next one. A lock keeps two processes from writing it at once: BusyError if for `patience`
-    seconds another one has been.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    while True:
-        file = temporary.open("ab")  # not "wb", which would empty what another process writes
-        try:
-            locked = _take_lock(file, patience)
-        except BlockingIOError:
-            file.close()
-            raise BusyError(f"{path} is being written by another process") from None
-        with suppress(FileNotFoundError):
-            if not locked or os.path.samestat(os.fstat(file.fileno()), temporary.stat()):
-                file.seek(0)
-                file.truncate()
-                return file
-        file.close()  # the other process renamed it between our two lines: look again
+def open_temporary(path: Path) -> IO[bytes]:
+    """Open a file of its own beside `path`, to be written and then renamed to it."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp").open("xb")
 
 
 def put_in_place(file: IO[bytes], path: Path) -> None:
@@ -226,22 +185,12 @@ def put_in_place(file: IO[bytes], path: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path, keep_empty: bool = True) -> Iterator[IO[bytes]]:
-    """Write a file that appears at `path` complete, at the end of the block, or not at all.
-
-    Another process that replaces the same waits. Without `keep_empty`, a file to which nothing was
-    written is removed instead.
-    """
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Write a file that appears at `path` complete, at the end of the block, or not at all."""
     file = open_temporary(path)
     try:
         yield file
-        if keep_empty or file.tell() > 0:
-            put_in_place(file, path)
-        else:
-            path.unlink(missing_ok=True)
-            if fcntl is None:
-                file.close()
-            Path(file.name).unlink()  # last: it is what keeps the others waiting
+        put_in_place(file, path)
     except BaseException:
         Path(file.name).unlink(missing_ok=True)
         raise
@@ -263,11 +212,11 @@ class ShardWriter:
     """
 
     def __init__(self, store: Path, source: str) -> None:
-        """Open a temporary file beside the shard's place; BusyError if another process has."""
+        """Open a temporary file beside the shard's place."""
         self._source, self._path = source, shard_path(store, source)
         self._index = index_path(store, source)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open_temporary(self._path, PATIENCE)  # for a worker that was orphaned
+        self._file = open_temporary(self._path)
         self._committed = False
         self._position = 0
         self._sha256 = hashlib.sha256()
@@ -279,7 +228,6 @@ class ShardWriter:
 
     def __exit__(self, *error: object) -> None:
         """Remove the temporary file, if `commit` has not renamed it."""
-        # Before it is closed, which frees the name for another process.
         if not self._committed:
             Path(self._file.name).unlink(missing_ok=True)
         with suppress(OSError):  # a full disk, said already by the write that failed

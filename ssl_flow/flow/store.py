@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -25,7 +26,6 @@ from .estimators import flow_validity
 from .shard import MEND, StoreError, index_files, read_index, shard_of
 
 SETTINGS_FILE = "store.json"
-_OURS = {shard.LOCK_FILE, SETTINGS_FILE, f".{SETTINGS_FILE}.tmp"}  # a call was killed, or begins
 MANIFEST_FILE = "manifest.jsonl"
 DUPLICATES_FILE = "duplicates.json"  # source -> the one it is a copy of
 PROBLEMS_FILE = "problems.jsonl"
@@ -154,9 +154,7 @@ def write_lists(store: Path) -> dict[str, str]:
     Raises StoreError if one is damaged.
     """
     hashes = {}
-    with shard.replacing(
-        store / MANIFEST_FILE
-    ) as manifest:  # locked first: the last writer sees all
+    with shard.replacing(store / MANIFEST_FILE) as manifest:
         for file in index_files(store):
             index = read_index(file)
             line = {
@@ -263,14 +261,12 @@ def _image(data: bytes, kind: int, what: str) -> NDArray[Any]:
 
 def update_problems(store: Path, found: Mapping[str, str | None]) -> None:
     """Write what was `found` over what problems.jsonl says: one line a source, None removes it."""
-    file = store / PROBLEMS_FILE
-    if not any(found.values()) and not file.exists():
-        return
-    # Locked while it is read, too: another call may add its own problems.
-    with shard.replacing(file, keep_empty=False) as new:
-        for source, reason in sorted({**read_problems(store), **found}.items()):
-            if reason is not None:
-                new.write(json.dumps({"source": source, "reason": reason}).encode() + b"\n")
+    rows = sorted({**read_problems(store), **found}.items())
+    lines = [json.dumps({"source": s, "reason": reason}) + "\n" for s, reason in rows if reason]
+    if lines:
+        shard.write_atomically(store / PROBLEMS_FILE, "".join(lines).encode())
+    else:
+        (store / PROBLEMS_FILE).unlink(missing_ok=True)
 
 
 def read_problems(store: Path) -> dict[str, str]:
@@ -288,7 +284,11 @@ def is_store(path: Path) -> bool:
     """Tell whether a store is there; StoreError if something else is."""
     if (path / SETTINGS_FILE).exists():
         return True
-    if path.exists() and (not path.is_dir() or {file.name for file in path.iterdir()} - _OURS):
+    # A call that was killed at its first step has left what looks so; another one may begin.
+    ours = re.compile(rf"\.lock|{SETTINGS_FILE}|\.{SETTINGS_FILE}\..*tmp")
+    if path.exists() and not (
+        path.is_dir() and all(ours.fullmatch(f.name) for f in path.iterdir())
+    ):
         raise StoreError(f"{path} exists and is no flow store: choose another folder")
     return False
 

@@ -177,8 +177,7 @@ def test_problems_are_joined_but_for_what_another_store_could_do(tmp_path, parts
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no locks there")
-def test_a_store_that_is_being_written_is_left_alone(tmp_path, parts, monkeypatch):
-    monkeypatch.setattr("ssl_flow.flow.shard.PATIENCE", 0.2)
+def test_a_store_that_is_being_written_is_left_alone(tmp_path, parts):
     out = make_store(tmp_path / "out", [])
     with store_lock(out, shared=True), pytest.raises(StoreError, match="being written"):
         merge_stores(parts, out)

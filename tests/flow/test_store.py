@@ -13,7 +13,6 @@ import pytest
 from ssl_flow.flow import FlowStore, StoreError, encode_flow
 from ssl_flow.flow.codec import png
 from ssl_flow.flow.shard import (
-    BusyError,
     ShardWriter,
     index_path,
     member_names,
@@ -288,34 +287,17 @@ def test_bytes_depend_on_the_samples_alone(tmp_path):
 
 def test_what_is_not_committed_leaves_nothing(tmp_path):
     store = make_store(tmp_path / "s", names=["b"])
-    (store / "shards/.c.tar.tmp").write_bytes(b"left by a killed process" * 1000)
     with pytest.raises(RuntimeError), ShardWriter(store, "c") as writer:
         writer.add("c/000000", members("c", 0))
         raise RuntimeError("something in the middle")
     assert sorted(contents(store)) == ["shards/b.index.json", "shards/b.tar", "store.json"]
-    (store / "shards/.c.tar.tmp").write_bytes(b"left by a killed process" * 1000)
     write_shard(store, "c")
     assert verify(store) == {}
-    assert len(contents(store)) == 5
     before = contents(store)
+    assert len(before) == 5
     with ShardWriter(store, "c") as writer:  # begun again
         writer.add("c/000000", members("c", 0))
     assert contents(store) == before
-
-
-@pytest.mark.skipif(os.name == "nt", reason="no locks there")
-def test_one_shard_has_one_writer_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("ssl_flow.flow.shard.PATIENCE", 0.1)
-    store = make_store(tmp_path / "s", names=[])
-    with ShardWriter(store, "b") as writer:
-        writer.add("b/000000", members("b", 0))
-        with pytest.raises(BusyError, match=r"b\.tar is being written by another process"):
-            ShardWriter(store, "b")
-        write_shard(store, "c")
-        writer.commit({})
-        write_shard(store, "b")  # now it is free
-    assert len(FlowStore(store)) == 6
-    assert verify(store) == {}
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])

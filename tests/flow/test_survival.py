@@ -269,8 +269,7 @@ def test_24_an_error_of_the_disk_stops_it_cleanly(tmp_path, monkeypatch, call, a
     assert shard_bytes(tmp_path / "store") == shard_bytes(tmp_path / "good")
 
 
-def test_25_two_calls_at_once_do_not_mix(clips, tmp_path, monkeypatch):
-    monkeypatch.setattr("ssl_flow.flow.shard.PATIENCE", 0.1)
+def test_25_two_calls_at_once_do_not_mix(clips, tmp_path):
     sources = find_sources([clips])[0][:2]
     extract(sources, tmp_path / "store", part=(1, 2))
     busy = pytest.raises(StoreError, match="another call: wait")
