@@ -130,11 +130,7 @@ def extract(
                 for problem in problems:
                     note(problem.source, problem.reason)
                 todo = _look_up(store, sources, summary, note)
-                run = pool.run
-                if engine == "ray":
-                    from . import ray_engine
-
-                    run = ray_engine.run
+                run = pool.run_on_ray if engine == "ray" else pool.run
                 with (
                     Bar(todo, progress and bool(todo)) as bar,
                     closing(run(list(todo), job, workers, bar.report, timeout)) as results,

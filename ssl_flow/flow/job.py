@@ -150,10 +150,7 @@ def _samples(
     skipped: Counter[str],
     problems: list[str],
 ) -> Iterator[tuple[str, dict[str, bytes], int]]:
-    """Yield key, members and perceptual hash of each pair worth keeping; count the others.
-
-    Notes in `facts` the number of `frames` read and the `gap`.
-    """
+    """Yield key, members and hash of each pair worth keeping; note frames and gap in `facts`."""
     method, options, number = settings.method, settings.options, 0
     facts["gap"] = gap = (
         choose_gap(_watched(source, PROBE_SIZE, tick)) if settings.gap == "auto" else settings.gap

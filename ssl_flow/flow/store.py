@@ -50,19 +50,13 @@ class FlowStore:
 
     No file stays open between two reads, so that an object can be pickled or forked at will.
 
-    Args:
-        path: the store's folder.
-        include: names of sources, or patterns such as "clips/*" (one or several); None takes all.
-        duplicates: False leaves out sources that the extraction takes for copies of another one
-            that is taken (duplicates.json: scenes of one fixed camera can look like copies, too).
+    `include` is one or several names of sources, or patterns such as "clips/*"; None takes all.
+    `duplicates=False` leaves out sources that the extraction takes for copies of another one that
+    is taken (duplicates.json: scenes of one fixed camera can look like copies, too).
 
-    Raises:
-        StoreError: no store at `path`, a newer version, a shard that is incomplete, an entry of
-            `include` that matches no source, or sources among which no duplicates were searched.
+    StoreError: no store at `path`, a newer version, a shard that is incomplete, an entry of
+    `include` that matches no source, or sources among which no duplicates were searched.
     """
-
-    settings: dict[str, Any]
-    sources: list[str]
 
     def __init__(
         self, path: str | Path, include: str | Sequence[str] | None = None, duplicates: bool = True
@@ -81,7 +75,7 @@ class FlowStore:
                 raise StoreError(f"{path}: no source matches {pattern!r}; there are {names[:10]}")
             taken.update(matched)
         copies = {} if duplicates else _read_duplicates(self.path, len(indexes))
-        self.sources = []
+        self.sources: list[str] = []
         self._files: list[str] = []  # of the indexes, relative to the store
         rows = [np.empty((0, 2 + 2 * len(self._members)), np.int64)]
         for file, index in indexes:
@@ -151,7 +145,6 @@ def write_lists(store: Path) -> dict[str, str]:
     """Write manifest.jsonl and duplicates.json from the indexes; return the latter's content.
 
     The indexes are the truth: after a killed call the lists are merely older than they are.
-    Raises StoreError if one is damaged.
     """
     hashes = {}
     with shard.replacing(store / MANIFEST_FILE) as manifest:
@@ -176,10 +169,7 @@ def write_lists(store: Path) -> dict[str, str]:
 
 
 def _read_duplicates(store: Path, sources: int) -> dict[str, str]:
-    """Read which sources are copies of others: source -> the original; {} if nothing was found.
-
-    Raises StoreError if the search was not over all `sources`: it is as old as the manifest.
-    """
+    """Read source -> the one it is a copy of; StoreError if not all `sources` were searched."""
     file, manifest = store / DUPLICATES_FILE, store / MANIFEST_FILE
     searched = manifest.read_bytes().count(b"\n") if manifest.exists() else 0
     reason = (

@@ -209,8 +209,8 @@ def _gradient(image: Tensor) -> Tensor:
 def _median(flow: Tensor) -> Tensor:
     """Return the median of each pixel's 3x3 neighbourhood, (B, C, H, W).
 
-    Of the columns' sorted values, the median is the middle one of: the largest of the smallest,
-    the middle of the middle, the smallest of the largest.
+    Of the columns' sorted values it is the middle one of: the largest of the smallest, the middle
+    of the middle, the smallest of the largest.
     """
     padded = F.pad(flow, (1, 1, 1, 1), mode="replicate")
     a, b, c = padded[..., :-2, :], padded[..., 1:-1, :], padded[..., 2:, :]

@@ -12,7 +12,6 @@ import pytest
 from clips import living_source, moving, texture
 
 from ssl_flow.flow import Frame, Source, VideoError, extract
-from ssl_flow.flow.command import make_plan
 from ssl_flow.flow.extract import Bar, check_settings
 from ssl_flow.flow.job import Settings
 from ssl_flow.flow.store import verify
@@ -29,6 +28,8 @@ def dying_source(short_side):
 
 
 def test_a_dry_run_survives_what_hangs_or_crashes(tmp_path):
+    from ssl_flow.flow.command import make_plan  # not in the workers, which import this module
+
     sources = {"a": living_source, "crashes": dying_source, "hangs": hanging_source}
     settings = check_settings(Settings("dis", {}, 256, 0.1, None, False), "cpu")
     plan = make_plan(
