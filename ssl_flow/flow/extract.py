@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from . import pool
 from .codec import CODECS
@@ -131,8 +130,9 @@ def extract(
                     note(problem.source, problem.reason)
                 todo = _look_up(store, sources, summary, note)
                 run = pool.run_on_ray if engine == "ray" else pool.run
+                bar = Bar(todo, progress and bool(todo))
                 with (
-                    Bar(todo, progress and bool(todo)) as bar,
+                    closing(bar.bar),
                     closing(run(list(todo), job, workers, bar.report, timeout)) as results,
                 ):
                     for source, result, died in results:
@@ -163,7 +163,7 @@ def extract(
     return summary
 
 
-class Bar(tqdm):
+class Bar:
     """A bar on stderr: work done and left by weight, videos, pairs and pairs a second.
 
     Videos count by their size in bytes and by how far each has been read, so that the time left is
@@ -172,10 +172,12 @@ class Bar(tqdm):
 
     def __init__(self, weights: Mapping[Source, float], enabled: bool) -> None:
         """Show nothing if not `enabled`; `weights` is the size of each source."""
+        from tqdm import tqdm  # here: workers do without
+
         self._weights = weights
         self._shares: dict[str, float] = {}
         self._done = self._pairs = 0
-        super().__init__(
+        self.bar = tqdm(
             total=sum(weights.values()),
             disable=not enabled,
             smoothing=0,  # the mean speed: that of the last seconds jumps from clip to clip
@@ -189,12 +191,12 @@ class Bar(tqdm):
         self._pairs += pairs
         known = self._shares.get(source.name, 0.0)
         self._shares[source.name] = max(share, known)
-        rate = self._pairs / max(self.format_dict["elapsed"], 1e-9)
+        rate = self._pairs / max(self.bar.format_dict["elapsed"], 1e-9)
         videos = f"{self._done}/{len(self._weights)} videos"
         text = f"{videos}, {self._pairs} pairs, {rate:.1f} pairs/s"
-        self.set_postfix_str(text, refresh=False)
+        self.bar.set_postfix_str(text, refresh=False)
         gain = max(share - known, 0.0) * self._weights[source]
-        self.update(min(gain, (self.total or 0) - self.n))  # the sum of the shares is rounded
+        self.bar.update(min(gain, (self.bar.total or 0) - self.bar.n))  # the shares are rounded
 
     def done(self, source: Source) -> None:
         """Take note that nothing is left to do for a source."""

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from functools import partial
 
 import cv2
@@ -145,18 +146,19 @@ def test_the_time_left_is_right_for_few_long_videos():
     bar = Bar({film: 900.0, clip: 100.0}, enabled=True)
     for second in range(1, 46):
         bar.report(film, second / 90, 3)
-    assert bar.n == pytest.approx(450)  # half of the film, though no video is done
+    assert bar.bar.n == pytest.approx(450)  # half of the film, though no video is done
     bar.report(film, 0.2, 0)  # a second reading of its start takes nothing back
-    assert bar.n == pytest.approx(450)
+    assert bar.bar.n == pytest.approx(450)
     bar.done(clip)
-    assert bar.n == pytest.approx(550)
+    assert bar.bar.n == pytest.approx(550)
     bar.done(film)
-    assert bar.n == pytest.approx(1000)
+    assert bar.bar.n == pytest.approx(1000)
 
 
 def test_the_progress_bar_shows_videos_and_pairs(capsys):
     a, b = (Source(name, living_source) for name in "ab")
-    with Bar({a: 3.0, b: 1.0}, enabled=True) as bar:
+    bar = Bar({a: 3.0, b: 1.0}, enabled=True)
+    with closing(bar.bar):
         bar.report(a, 0.5, 7)
         bar.done(b)
     shown = capsys.readouterr().err
