@@ -30,8 +30,7 @@ from flow_accuracy import read_reduced
 from machine import describe, footer
 
 from ssl_flow.flow import OPTIONS, Frame, Source, extract, optical_flow, read_frames
-from ssl_flow.flow.estimators import grey, optical_flows
-from ssl_flow.flow.opencv import METHODS as OPENCV_METHODS
+from ssl_flow.flow.estimators import OPENCV_METHODS, grey, optical_flows
 from ssl_flow.flow.pairs import is_still, pair_frames
 
 SIZE, GAP, BATCH = 256, 0.1, 32
@@ -50,7 +49,6 @@ WITH_CALLS = {
     "is_cut": "checks",
     "seen": "checks",
     "still_thumbnail": "checks",
-    "_small": "checks",
     "_hash": "checks",
     "encode_flow": "encode flow",
     "_jpeg": "encode frame",

@@ -24,7 +24,7 @@ from machine import describe, footer
 
 from ssl_flow.data.flow_pairs import FlowPair, read_flow_pair
 from ssl_flow.flow import optical_flows
-from ssl_flow.flow.opencv import METHODS as OPENCV_METHODS
+from ssl_flow.flow.estimators import OPENCV_METHODS
 
 # Name of the row -> method, options.
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
