@@ -23,6 +23,7 @@ _COMMANDS = {
         "eval_command",
         "encoders and labelled data -> tables and a report",
     ),
+    "export": ("ssl_flow.models.export", "export_command", "an encoder -> other libraries' files"),
     "loc2vec rasterize": (
         "ssl_flow.data.osm_command",
         "rasterize_command",
