@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from ssl_flow.models.encoder import Encoder, Normalization, WeightsError, create_encoder
@@ -201,7 +201,7 @@ def _save_tensors(module: nn.Module, path: Path) -> None:
         name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.write_bytes(save(tensors, metadata={"format": "pt"}))  # save_file's none else can read
     temporary.replace(path)
 
 
