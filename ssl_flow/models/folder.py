@@ -201,7 +201,8 @@ def _save_tensors(module: nn.Module, path: Path) -> None:
         name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(save(tensors, metadata={"format": "pt"}))  # save_file's none else can read
+    # save_file makes files that only their owner can read.
+    temporary.write_bytes(save(tensors, metadata={"format": "pt"}))
     temporary.replace(path)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from ssl_flow.models import create_encoder, load_encoder, save_encoder
 from ssl_flow.models.weights import read_tensors
+from ssl_flow.training.initial import initialize
 
 
 def _network(name="test_resnet", seed=1, **options):
@@ -146,6 +147,19 @@ def test_dinos_training_file_gives_its_teacher(tmp_path):
     encoder = load_encoder(f"timm:test_vit@{tmp_path / 'checkpoint.pth'}")
     assert _same(encoder, teacher, norm=True)
     assert "under 'teacher.backbone.'" in encoder.report
+
+
+def test_mocos_checkpoint_gives_its_query_encoder(tmp_path):
+    """Laid out as MoCo's main_moco.py saves it: two encoders with their heads, a queue."""
+    query = _network()
+    tensors = _under("module.encoder_k.", _network(seed=2)) | {"module.queue": torch.zeros(3, 4)}
+    tensors |= _under("module.encoder_q.", query)
+    torch.save({"state_dict": tensors, "arch": "resnet"}, tmp_path / "moco.pt")
+    spec = f"timm:test_resnet@{tmp_path / 'moco.pt'}"
+    assert _same(load_encoder(spec), query)
+    trained = create_encoder("test_resnet", 4)
+    assert "start weights from timm:test_resnet@" in initialize(trained, spec)
+    assert _same(trained.eval(), query)
 
 
 def test_dinov2s_release_and_training_file(tmp_path):
