@@ -15,6 +15,7 @@ _COMMANDS = {
     "show run": ("ssl_flow.evaluation.report", "show_run_command", "runs -> curves and report"),
     "train": ("ssl_flow.training.command", "train_command", "a store -> an encoder with a score"),
     "eval": ("ssl_flow.evaluation.suite_command", "eval_command", "encoders, data -> a report"),
+    "export": ("ssl_flow.models.export", "export_command", "an encoder -> other libraries' files"),
     "loc2vec rasterize": (
         "ssl_flow.data.osm_command",
         "rasterize_command",

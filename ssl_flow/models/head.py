@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -77,5 +76,5 @@ def to_stride(level: Tensor, stride: int, target: int) -> Tensor:
         return level
     if stride < target:
         return F.avg_pool2d(level, target // stride)
-    size = [math.ceil(side * stride / target) for side in level.shape[-2:]]
+    size = [(side * stride + target - 1) // target for side in level.shape[-2:]]
     return F.interpolate(level, size, mode="bilinear", align_corners=False)

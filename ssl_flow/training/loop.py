@@ -102,6 +102,7 @@ def _train(config: Config, resume: Path | None, world: World) -> tuple[Path, Enc
     probe = online_probe(config)
     store = None if config.data.store == "synthetic" else open_store(config.data.store)
     encoder = _encoder(config, resume, device)
+    encoder.input_size = (config.data.crop, config.data.crop)
     objective = make_objective(config, encoder, device)
     loss_function, ridge_weight = objective.loss, objective.ridge_weight
     if train.checkpoint_activations:
