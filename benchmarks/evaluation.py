@@ -13,10 +13,7 @@ parts ten times as slow.
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
-import platform
-import shlex
 import sys
 import tempfile
 import time
@@ -25,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flow_accuracy import cpu_model
+from machine import describe, footer
 
 from ssl_flow.data.segmentation import open_segmentation
 from ssl_flow.evaluation import LinearProbe, linear_probe
@@ -102,9 +99,7 @@ def measure(options: argparse.Namespace, folder: Path) -> str:
     ]
     scores = []
     for label, cache in runs:
-        result = linear_probe.run_linear_probe(
-            encoder, train, test, protocol, progress=False, cache=cache
-        )
+        result = linear_probe.run_linear_probe(encoder, train, test, protocol, cache=cache)
         scores.append(f"{label} {result.scores['miou']:.4f}")
         seconds = clock.take()
         rows = [(text, seconds[name]) for name, text in PARTS.items() if name in seconds]
@@ -115,19 +110,17 @@ def measure(options: argparse.Namespace, folder: Path) -> str:
             for part, (wall, processor, _) in rows
         ]
     size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-    command = shlex.join(["python", "benchmarks/evaluation.py", *sys.argv[1:]])
+    about = describe("evaluation.py", sys.argv[1:], options.device)
     if "OMP_WAIT_POLICY" in os.environ:
-        command = f"OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']} {command}"
+        about["command"] = f"OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']} {about['command']}"
     return "\n".join(
         [
             f"Linear probe of {options.encoder} ({options.features}) on {train.name}: {len(train)} "
-            f"training and {len(test)} test images; {cpu_model()}, {options.threads} threads, "
-            f"{options.device}.\n",
+            f"training and {len(test)} test images.\n",
             *lines,
             f"\nFeatures on the disk: {size / 2**30:.2f} GiB. mIoU: {', '.join(scores)}. Load "
             f"of the machine at the end: {os.getloadavg()[0]:.1f}.",
-            f"\nCommand: `{command}`  \nDate: {datetime.date.today()}  \n"
-            f"Python {platform.python_version()}, torch {torch.__version__}",
+            f"\n{footer(about)}",
         ]
     )
 

@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import argparse
 import cProfile
-import datetime
 import json
-import platform
 import pstats
-import shlex
 import statistics
 import sys
 import tempfile
@@ -29,12 +26,11 @@ from typing import Any
 
 import cv2
 import numpy as np
-from flow_accuracy import cpu_model
+from flow_accuracy import read_reduced
+from machine import describe, footer
 
-from ssl_flow.data.flow_pairs import read_flow_pair
 from ssl_flow.flow import OPTIONS, Frame, Source, extract, optical_flow, read_frames
-from ssl_flow.flow.estimators import grey, optical_flows
-from ssl_flow.flow.opencv import METHODS as OPENCV_METHODS
+from ssl_flow.flow.estimators import OPENCV_METHODS, grey, optical_flows
 from ssl_flow.flow.pairs import is_still, pair_frames
 
 SIZE, GAP, BATCH = 256, 0.1, 32
@@ -53,7 +49,6 @@ WITH_CALLS = {
     "is_cut": "checks",
     "seen": "checks",
     "still_thumbnail": "checks",
-    "_small": "checks",
     "_hash": "checks",
     "encode_flow": "encode flow",
     "_jpeg": "encode frame",
@@ -191,7 +186,7 @@ def endpoint_error(method: str, data: Path, device: str) -> float:
     """Return the mean endpoint error over the Middlebury pairs, reduced to shorter side 256."""
     errors = []
     for file in sorted(data.glob("flow/middlebury/*/flow10.png")):
-        pair = read_flow_pair(file.parent, SIZE)
+        pair = read_reduced(file.parent, SIZE)
         flow = optical_flows(pair.first[None], pair.second[None], method, device)[0]
         errors.append(np.linalg.norm(flow - pair.flow, axis=-1)[pair.known].mean())
     return float(np.mean(errors))
@@ -285,19 +280,8 @@ def main() -> None:
             continue
         results[method]["error"] = endpoint_error(method, arguments.data, device)
         print(f"{method}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    machine = {
-        "command": shlex.join(["python", "benchmarks/flow.py", "DATA", *sys.argv[2:]]),
-        "date": str(datetime.date.today()),
-        "cpu": cpu_model(),
-        "versions": f"Python {platform.python_version()}, OpenCV {cv2.__version__}, NumPy "
-        f"{np.__version__}, torch {torch.__version__}",
-    }
-    if device != "cpu":
-        machine["device"] = torch.cuda.get_device_name(device)
-    text = report(results, device)
-    for name, value in machine.items():
-        name = name.upper() if name == "cpu" else name.capitalize()
-        text += f"{name}: " + (f"`{value}`" if name == "Command" else value) + "  \n"
+    machine = describe("flow.py", ["DATA", *sys.argv[2:]], device)
+    text = report(results, device) + footer(machine)
     print(text)
     arguments.out.mkdir(parents=True, exist_ok=True)
     name = "flow" if device == "cpu" else f"flow_{device.split(':')[0]}"

@@ -12,9 +12,7 @@ another device than "cpu" the methods that run there are measured in batches of 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -22,10 +20,11 @@ from typing import Any
 
 import cv2
 import numpy as np
+from machine import describe, footer
 
 from ssl_flow.data.flow_pairs import FlowPair, read_flow_pair
 from ssl_flow.flow import optical_flows
-from ssl_flow.flow.opencv import METHODS as OPENCV_METHODS
+from ssl_flow.flow.estimators import OPENCV_METHODS
 
 # Name of the row -> method, options.
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -50,6 +49,24 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 MOTIONS = (8, 16, 32)  # pixels, of the objects in the made pairs
+
+
+def read_reduced(folder: Path, short_side: int | None) -> FlowPair:
+    """Read a Middlebury pair, reduced to a shorter side of so many pixels where given."""
+    pair = read_flow_pair(folder)
+    if short_side is None:
+        return pair
+    height, width = pair.known.shape
+    scale = short_side / min(height, width)
+    size = (round(width * scale), round(height * scale))
+    first, second, flow, share = (
+        cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        for image in (pair.first, pair.second, pair.flow, pair.known.astype(np.float32))
+    )
+    # Shorter vectors in a smaller picture; the mean over the known pixels only.
+    factor = np.array([size[0] / width, size[1] / height], np.float32)
+    flow = flow * factor / np.maximum(share, 1e-3)[..., None]
+    return FlowPair(first, second, flow, share > 0.5, pair.name)
 
 
 def large_motion(davis: Path, motion: float, count: int = 8) -> list[FlowPair]:
@@ -160,12 +177,11 @@ def main() -> None:
     results: dict[str, Any] = {}
     if data is not None:
         results |= accuracy(parser, data, device, rows)
-    if device == "cpu":
-        print("\nCommand: `python benchmarks/flow_accuracy.py DATA/flow`  ")
-    else:
+    command = ["DATA/flow"]
+    if device != "cpu":
         results["batches"] = batches(device, rows)
-        print(f"\nCommand: `python benchmarks/flow_accuracy.py --device {device}`  ")
-    print_machine(device)
+        command = ["--device", device]
+    print("\n" + footer(describe("flow_accuracy.py", command, device)))
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 
@@ -185,7 +201,7 @@ def accuracy(
         "256: frames and true flow are first reduced to a shorter side of 256 pixels.\n"
     )
     sizes = {"native": None, "256": 256}
-    sets = {size: [read_flow_pair(f, short) for f in folders] for size, short in sizes.items()}
+    sets = {size: [read_reduced(f, short) for f in folders] for size, short in sizes.items()}
     results = {"middlebury": print_table(sets, ["zero flow", *rows], device)}
     davis = data.parent / "davis"
     if (davis / "masks").is_dir():
@@ -227,26 +243,6 @@ def batches(device: str, rows: list[str]) -> dict[str, Any]:
         speed, best, error = found.values()
         print(f"| {row} | {speed:.0f} | {best:.0f} | {error:.3f} |", flush=True)
     return results
-
-
-def print_machine(device: str) -> None:
-    """Print date, processor and versions."""
-    import torch
-
-    print(f"Date: {datetime.date.today()}  ")
-    print(f"CPU: {cpu_model()}  ")
-    if device != "cpu":
-        print(f"Device: {torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}  ")
-    versions = f"OpenCV {cv2.__version__}, NumPy {np.__version__}, torch {torch.__version__}"
-    print(f"Versions: Python {platform.python_version()}, {versions}")
-
-
-def cpu_model() -> str:
-    """Return the processor's name, as Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -12,14 +12,10 @@ all. On a GPU a process measures one method at all sizes. Ctrl-C reports what ha
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import re
-import shlex
 import statistics
 import subprocess
 import sys
@@ -27,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import describe, footer
 from pairwise_methods import METHODS, Job
 
 from ssl_flow.losses.cross_pixel import OBJECTIVES
@@ -108,10 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     base = args.out / "_".join(parts)
     content = {
-        "command": shlex.join(["python", "benchmarks/pairwise.py", *argv]),
-        "date": str(datetime.date.today()),
-        "machine": machine(args),
-        "versions": versions(),
+        **describe("pairwise.py", argv, args.device, args.threads),
         "rows": results.rows(),
         "unavailable": results.unavailable,
         "goals": goals(args, results),
@@ -219,39 +213,31 @@ def goals(args: argparse.Namespace, results: Results) -> list[dict[str, Any]]:
         a, b = (rows.get((method, *size), {}).get(key) for method in (above, below))
         return a / b if a and b else None
 
-    found = [
-        {
-            "goal": f"{own}: times as fast as {rival}, at {size[0]} x {size[1]}",
-            "found": ratio("seconds", rival, own),
-            "at least": bound,
-        }
+    at = f"at {size[0]} x {size[1]}"
+    rows_of_goals: list[tuple[str, float | None, str, float]] = [
+        (f"{own}: times as fast as {rival}, {at}", ratio("seconds", rival, own), "at least", bound)
         for rival, bound in rivals.items()
     ]
     if args.device == "cpu":
         extra = rows.get((own, 1, 12544), {}).get("bytes")
         text = f"{own}: extra MiB at 1 x 12544"
-        found.append({"goal": text, "found": extra and extra / 2**20, "at most": 64})
-        return found
-    seconds = rows.get((own, *size), {}).get("seconds")
-    floor = floor_seconds(results.gpu, *size, args.dim)
-    found += [
-        {
-            "goal": f"{own}: extra memory over that of dense, at {size[0]} x {size[1]}",
-            "found": ratio("bytes", own, "dense"),
-            "at most": 0.02,
-        },
-        {
-            "goal": f"{own}: the GPU's floor over the time, at {size[0]} x {size[1]}",
-            "found": floor / seconds if floor and seconds else None,
-            "at least": 0.5,
-        },
-        {
-            "goal": "share of the loss in a ResNet-50 step, 32 images of 224 x 224",
-            "found": results.gpu.get("share"),
-            "at most": 0.1,
-        },
-    ]
-    return found
+        rows_of_goals.append((text, extra and extra / 2**20, "at most", 64))
+    else:
+        seconds = rows.get((own, *size), {}).get("seconds")
+        floor = floor_seconds(results.gpu, *size, args.dim)
+        share = floor / seconds if floor and seconds else None
+        text = "share of the loss in a ResNet-50 step, 32 images of 224 x 224"
+        rows_of_goals += [
+            (
+                f"{own}: extra memory over dense's, {at}",
+                ratio("bytes", own, "dense"),
+                "at most",
+                0.02,
+            ),
+            (f"{own}: the GPU's floor over the time, {at}", share, "at least", 0.5),
+            (text, results.gpu.get("share"), "at most", 0.1),
+        ]
+    return [{"goal": g, "found": f, kind: bound} for g, f, kind, bound in rows_of_goals]
 
 
 def floor_seconds(gpu: dict[str, Any], images: int, pixels: int, dim: int) -> float | None:
@@ -313,22 +299,16 @@ def table(args: argparse.Namespace, content: dict[str, Any]) -> str:
         lines.append(f"| {goal['goal']} | {found} | {kind} {goal[kind]} |")
     if gpu:
         lines += ["", "| of this GPU, in the same run | |", "|---|---|"]
-        lines += [f"| {key.replace('_', ' ')} | {format_number(v)} |" for key, v in gpu.items()]
+        for key, value in gpu.items():
+            shown = value if isinstance(value, str) else f"{value:.4g}"
+            lines.append(f"| {key.replace('_', ' ')} | {shown} |")
     lines += ["", *(f"- `{name}`: {text}" for name, text in METHODS.items()), ""]
-    lines += [f"{key}: {value}  " for key, value in content["machine"].items()]
-    versions = ", ".join(f"{key} {value}" for key, value in content["versions"].items())
-    lines += [f"Versions: {versions}  ", f"Date: {content['date']}  "]
-    return "\n".join([*lines, f"Command: `{content['command']}`", ""])
+    return "\n".join([*lines, footer(content)])
 
 
 def milliseconds(seconds: float) -> str:
     """Three digits or more of a time, in milliseconds."""
     return f"{1000 * seconds:.0f}" if seconds >= 1 else f"{1000 * seconds:.3g}"
-
-
-def format_number(value: float | str) -> str:
-    """Four digits of a number; text as it is."""
-    return value if isinstance(value, str) else f"{value:.4g}"
 
 
 def plot(content: dict[str, Any], path: Path) -> None:
@@ -347,33 +327,11 @@ def plot(content: dict[str, Any], path: Path) -> None:
         if rows:
             axes.loglog(x, y, "o-", label=method)
     axes.set(xlabel="pixels N of an image", ylabel="forward + backward, ms an image")
-    axes.set_title("; ".join(content["machine"].values()), fontsize="small")
+    axes.set_title(content["machine"], fontsize="small")
     axes.grid(which="both", alpha=0.3)
     if axes.lines:
         axes.legend()
     figure.savefig(path, dpi=120)
-
-
-def machine(args: argparse.Namespace) -> dict[str, str]:
-    """The names of what has been measured on."""
-    if args.device == "cuda":
-        return {"GPU": torch.cuda.get_device_name()}
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return {"CPU": f"{name}, {args.threads} thread(s)"}
-
-
-def versions() -> dict[str, str]:
-    """Of Python and the packages that compute."""
-    found = {"Python": platform.python_version()}
-    for package in ("torch", "triton", "pykeops"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "missing"
-    return found
 
 
 if __name__ == "__main__":

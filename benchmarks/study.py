@@ -43,7 +43,7 @@ from ssl_flow.data.pairs import FlowPairs, Window, collate, cut, sample_color, s
 from ssl_flow.flow import FlowStore
 from ssl_flow.flow.store import Sample
 from ssl_flow.losses import CrossPixelFlowLoss, RidgeFlowLoss
-from ssl_flow.losses.ridge import _ridge
+from ssl_flow.losses.ridge import fit_ridge
 from ssl_flow.models import Encoder, create_encoder, load_encoder, save_encoder
 from ssl_flow.training.step import Shadow, amp_type, learning_rate, make_optimizer, update_average
 
@@ -204,7 +204,7 @@ def edge_error(embedding: Tensor, flow: Tensor, weight: Tensor, ridge: float = 0
     """The ridge map's L1 error on differences of neighbours, 1 = no edges (arXiv 2511.07696)."""
     e = F.normalize(embedding, dim=1)
     rows = [m.flatten(2).mT for m in (e, flow)]
-    slope, _, _ = _ridge(*rows, weight.flatten(1), ridge)
+    slope, _, _ = fit_ridge(*rows, weight.flatten(1), ridge)
     rest = flow - torch.einsum("bdhw,bdc->bchw", e, slope)
     errors, edges = torch.zeros(len(flow)), torch.full((len(flow),), 1e-6)
     for d in (2, 3):

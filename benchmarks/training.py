@@ -13,21 +13,19 @@ training_profile_DEVICE.png into benchmarks/results.
 from __future__ import annotations
 
 import argparse
-import datetime
-import platform
-import shlex
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import cv2
 import timm
 import torch
-from flow_accuracy import cpu_model
+from machine import describe, footer
 from torch.utils.data import DataLoader
 
 from ssl_flow.config import Config, DataConfig, TrainConfig, load_config
@@ -98,24 +96,13 @@ class Bench:
             torch.cuda.synchronize()
         return time.process_time() if self.options.processor_time else time.perf_counter()
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp)
-
-    def backbone_step(self) -> None:
-        """Timm's model on random tensors."""
-        with self._autocast():
-            loss = self.plain(self.noise).float().mean()
+    def bare_step(self, model: torch.nn.Module) -> None:
+        """A model on random tensors."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
+            loss = model(self.noise).float().mean()
         loss.backward()
-        self.optimizers[self.plain].step()
-        self.optimizers[self.plain].zero_grad()
-
-    def encoder_step(self) -> None:
-        """The backbone with the embedding head on random tensors."""
-        with self._autocast():
-            loss = self.encoder(self.noise).float().mean()
-        loss.backward()
-        self.optimizers[self.encoder].step()
-        self.optimizers[self.encoder].zero_grad()
+        self.optimizers[model].step()
+        self.optimizers[model].zero_grad()
 
     def loader_step(self) -> None:
         """A batch of windows, not augmented."""
@@ -219,9 +206,9 @@ def main() -> None:
 def measure(options: argparse.Namespace) -> str:
     """Run the loops and return the report."""
     bench = Bench(options)
-    loops = {
-        "backbone": bench.backbone_step,
-        "encoder": bench.encoder_step,
+    loops: dict[str, Callable[[], None]] = {
+        "backbone": partial(bench.bare_step, bench.plain),
+        "encoder": partial(bench.bare_step, bench.encoder),
         "step": bench.step,
         "loader": bench.loader_step,
     }
@@ -250,24 +237,20 @@ def measure(options: argparse.Namespace) -> str:
     )
     for name, share in shares.items():
         lines.append(f"| {name} | {1e3 * bench.times[name] / count:.1f} | {share:.3f} |")
-    cuda = bench.device.type == "cuda"
+    about = describe("training.py", sys.argv[1:], bench.device.type)
     title = (
         f"{options.backbone}, {options.batch} crops of {options.crop} px, "
-        f"{torch.cuda.get_device_name() if cuda else cpu_model()}, "
-        f"{'bfloat16 autocast' if options.amp else 'float32'}, {options.workers} workers, "
-        f"{torch.get_num_threads()} threads"
+        f"{about['machine']}, {'bfloat16 autocast' if options.amp else 'float32'}, "
+        f"{options.workers} workers"
     )
     options.out.mkdir(parents=True, exist_ok=True)
     picture(shares, title, options.out / f"training_profile_{bench.device.type}.png")
-    command = shlex.join(["python", "benchmarks/training.py", *sys.argv[1:]])
     return "\n".join(
         [
             f"{title}; medians of {options.rounds} rounds of {options.batches} batches, "
             f"{'processor' if options.processor_time else 'wall'} time.\n",
             *lines,
-            f"\nCommand: `{command}`  \nDate: {datetime.date.today()}  \n"
-            f"Python {platform.python_version()}, torch {torch.__version__}, timm "
-            f"{timm.__version__}, OpenCV {cv2.__version__}\n",
+            f"\n{footer(about)}",
         ]
     )
 

@@ -12,10 +12,13 @@ exponentials bound it.
 import argparse
 import collections
 import datetime
+import itertools
 import json
+import os
 import re
 import subprocess
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import triton
@@ -25,29 +28,22 @@ from triton.compiler import ASTSource
 from ssl_flow.losses import triton_kernels
 from ssl_flow.losses.triton_pairwise import OPTIONS, WIDTHS, tile
 
-KERNELS = {
-    "sums": ("sums_kernel", {"ENTROPY": False}),
-    "entropy": ("sums_kernel", {"ENTROPY": True}),
-    "gradient": ("gradient_kernel", {}),
-    "products": ("products_kernel", {}),
-}
+KERNELS = ("sums", "gradient", "products")
 _TYPES = {"hi": "*fp16", "lo": "*fp16", "n": "i32"} | dict.fromkeys(
     ["rate", "amplitude", "drop_e", "drop_f"], "fp32"
 )
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
-def compile_kernel(
-    name: str, width: int, capability: int, aligned: bool = True
-) -> tuple[bytes, int]:
+def compile_kernel(name: str, width: int, capability: int, aligned: bool) -> tuple[bytes, int]:
     """The binary of a kernel at its tile's constants, and its bytes of shared memory.
 
     Addresses count as multiples of 16 bytes, which PyTorch's are; ``aligned`` says whether
     the number of pixels is a multiple of 16, too.
     """
-    kernel, constants = getattr(triton_kernels, KERNELS[name][0]), KERNELS[name][1]
+    kernel = getattr(triton_kernels, f"{name}_kernel")
     side, stages = tile(width, divmod(capability, 10))
-    constants = {**constants, "SIDE": side, "WIDTH": width, "STAGES": stages}
+    constants = {"SIDE": side, "WIDTH": width, "STAGES": stages}
     places = {argument: i for i, argument in enumerate(kernel.arg_names)}
     signature = {a: "constexpr" if a in constants else _TYPES.get(a, "*fp32") for a in places}
     sixteens = [a for a, t in signature.items() if t[0] == "*" or (aligned and t == "i32")]
@@ -63,7 +59,7 @@ def compile_kernel(
 
 
 def resources(
-    name: str, width: int, capability: int, aligned: bool = True
+    capability: int, aligned: bool, name: str, width: int
 ) -> dict[str, int | float | str | bool]:
     """Registers a thread, bytes spilled, shared memory, and instructions a pair of the loop."""
     binary, shared = compile_kernel(name, width, capability, aligned)
@@ -122,14 +118,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON alone, write nothing")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
-    rows = [
-        resources(name, width, capability, aligned)
-        for capability in arguments.capabilities
-        for aligned in (True, False)
-        for name in KERNELS
-        for width in arguments.widths
-        if name != "entropy" or width == 16  # it has no embedding: always the least width
-    ]
+    capabilities, alignments = arguments.capabilities, (True, False)
+    jobs = itertools.product(capabilities, alignments, KERNELS, arguments.widths)
+    with ProcessPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        rows = list(pool.map(resources, *zip(*jobs, strict=True)))
     if arguments.json:
         print(json.dumps(rows))
         return

@@ -12,21 +12,14 @@ _COMMANDS = {
     "flow": ("ssl_flow.flow.command", "flow_command", "videos -> a store of frames and flow"),
     "merge-flow": ("ssl_flow.flow.merge", "merge_command", "several stores -> one"),
     "show flow": ("ssl_flow.flow.show", "show_flow_command", "a store -> a sheet of pictures"),
-    "show run": (
-        "ssl_flow.evaluation.report",
-        "show_run_command",
-        "training runs -> their curves and report",
-    ),
+    "show run": ("ssl_flow.evaluation.report", "show_run_command", "runs -> curves and report"),
     "train": ("ssl_flow.training.command", "train_command", "a store -> an encoder with a score"),
-    "eval": (
-        "ssl_flow.evaluation.suite_command",
-        "eval_command",
-        "encoders and labelled data -> tables and a report",
-    ),
+    "eval": ("ssl_flow.evaluation.suite_command", "eval_command", "encoders, data -> a report"),
+    "export": ("ssl_flow.models.export", "export_command", "an encoder -> other libraries' files"),
     "loc2vec rasterize": (
         "ssl_flow.data.osm_command",
         "rasterize_command",
-        "an OpenStreetMap extract -> layers to cut tiles from",
+        "OpenStreetMap -> layers",
     ),
     "loc2vec embed": (
         "ssl_flow.evaluation.loc2vec_command",

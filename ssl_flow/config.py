@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
-import functools
 import math
 import os
 import typing
@@ -150,42 +148,44 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse impossible values before anything starts."""
+        groups = {k: vars(v) for k, v in vars(self).items() if dataclasses.is_dataclass(v)}
+        values = {f"{g}.{k}": v for g, group in groups.items() for k, v in group.items()}
+        values["seed"] = self.seed
         crop, start, batch = self.data.crop, self.data.start_crop, self.train.batch_size
-        parts = self.train.accumulate
         sides = f"0 or a multiple of 32 up to data.crop ({crop})"
-        divisor = f"a divisor of train.batch_size ({batch})"
         checks = [
+            *(
+                (k, math.isfinite(v), "a finite number")
+                for k, v in values.items()
+                if type(v) is float
+            ),
+            *((key, values[key] >= least, f"{least} or more") for key, least in _LEAST.items()),
             ("data.crop", crop > 0 and crop % 32 == 0, "a multiple of 32"),
             ("data.start_crop", start % 32 == 0 and 0 <= start <= crop, sides),
             ("data.min_scale", 0 < self.data.min_scale <= 1, "in (0, 1]"),
             ("data.color_jitter", 0 <= self.data.color_jitter <= 1, "in [0, 1]"),
-            ("data.workers", self.data.workers >= 0, "0 or more"),
             ("data.metres", self.data.metres > 0, "above 0"),
             ("data.shift", 0 <= self.data.shift <= 0.5, "in [0, 0.5]"),
             ("data.far", self.data.far > self.data.shift, "above data.shift"),
-            ("model.embedding_dim", self.model.embedding_dim >= 2, "2 or more"),
-            ("model.hidden_dim", self.model.hidden_dim >= 1, "1 or more"),
-            ("loss.ridge_weight", self.loss.ridge_weight >= 0, "0 or more"),
-            ("train.steps", self.train.steps >= 1, "1 or more"),
-            ("train.batch_size", batch >= 1, "1 or more"),
-            ("train.accumulate", parts >= 1 and batch % parts == 0, divisor),
             ("train.ema", 0 <= self.train.ema < 1, "in [0, 1)"),
-            ("train.learning_rate", self.train.learning_rate > 0, "above 0"),
-            ("train.weight_decay", self.train.weight_decay >= 0, "0 or more"),
             ("train.warmup", 0 <= self.train.warmup < 1, "in [0, 1)"),
-            ("train.log_every", self.train.log_every >= 1, "1 or more"),
-            ("train.checkpoint_every", self.train.checkpoint_every >= 1, "1 or more"),
+            ("train.learning_rate", self.train.learning_rate > 0, "above 0"),
             ("seed", 0 <= self.seed < 2**63, "in [0, 2**63)"),
-            ("evaluation.every", self.evaluation.every >= 0, "0 or more"),
         ]
-        for group in dataclasses.fields(self):
-            for key, value in getattr(getattr(self, group.name), "__dict__", {}).items():
-                finite = not isinstance(value, float) or math.isfinite(value)
-                checks.append((f"{group.name}.{key}", finite, "a finite number"))
         for key, fine, expected in checks:
             if not fine:
-                value = functools.reduce(getattr, key.split("."), self)
-                raise ValueError(f"{key} is {value!r}; expected {expected}")
+                raise ValueError(f"{key} is {values[key]!r}; expected {expected}")
+        if batch % self.train.accumulate:
+            found = f"train.accumulate is {self.train.accumulate}"
+            raise ValueError(f"{found}; expected a divisor of train.batch_size ({batch})")
+
+
+_LEAST = {
+    "data.workers": 0, "model.embedding_dim": 2, "model.hidden_dim": 1,
+    "loss.ridge_weight": 0, "train.steps": 1, "train.batch_size": 1, "train.accumulate": 1,
+    "train.weight_decay": 0, "train.log_every": 1, "train.checkpoint_every": 1,
+    "evaluation.every": 0,
+}  # fmt: skip
 
 
 def load_config(name: str) -> Config:
@@ -193,20 +193,18 @@ def load_config(name: str) -> Config:
 
     Raises:
         FileNotFoundError: neither a file nor a preset; lists the presets.
-        ValueError: not YAML, a key twice, an unknown key (names the nearest known one) or a value
-            of the wrong type.
+        ValueError: not YAML, a key twice, an unknown key (names the nearest known one), a value of
+            the wrong type or an impossible one.
     """
-    path = Path(name)
-    if not path.is_file():
-        presets = preset_files()
-        if name not in presets:
-            raise FileNotFoundError(
-                f"no configuration {name!r}: not a file, and the presets are "
-                f"{', '.join(sorted(presets))}"
-            )
-        path = presets[name]
+    presets = preset_files()
+    path = Path(name) if Path(name).is_file() else presets.get(name)
+    if path is None:
+        known = ", ".join(presets)
+        raise FileNotFoundError(
+            f"no configuration {name!r}: not a file, and the presets are {known}"
+        )
     try:
-        loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     config: Config = _build(Config, loaded, str(path), "")
@@ -230,18 +228,21 @@ def preset_files() -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
-class _Loader(yaml.SafeLoader):
+class _OnceLoader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML would silently take the last."""
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
             name = str(key.value)
-            if name in seen:  # YAML would silently take the last one
+            if name in seen:
                 raise yaml.YAMLError(f"the key {name!r} is there twice\n{key.start_mark}")
             seen.add(name)
         return super().construct_mapping(node, deep)
 
 
 def _build(kind: Any, values: Any, source: str, prefix: str) -> Any:  # noqa: ANN401
+    """A dataclass from a mapping, its groups too; ValueError names the file and the key."""
     if not isinstance(values, dict):
         raise ValueError(f"{source}: {prefix or 'the file'} holds {values!r}; expected keys")
     hints = typing.get_type_hints(kind)
@@ -252,35 +253,24 @@ def _build(kind: Any, values: Any, source: str, prefix: str) -> Any:  # noqa: AN
             near = difflib.get_close_matches(str(key), _all_keys(), n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(hints)}"
             raise ValueError(f"{source}: unknown key {name!r}{hint}")
-        hint_type = hints[key]
-        if dataclasses.is_dataclass(hint_type):
-            built[key] = _build(hint_type, value, source, name)
-        else:
-            built[key] = _checked(hint_type, value, f"{source}: {name}")
+        wanted, choices = hints[key], typing.get_args(hints[key])
+        if dataclasses.is_dataclass(wanted):
+            value = _build(wanted, value, source, name)
+        elif choices and value not in choices:
+            expected = f"one of {', '.join(choices)}"
+            raise ValueError(f"{source}: {name} is {value!r}; expected {expected}")
+        elif wanted is float and type(value) in (int, str):
+            try:  # YAML 1.1 reads 1e-3 (without a dot) as text
+                value = float(value)
+            except ValueError as error:
+                message = f"{source}: {name} is {value!r}; expected float"
+                raise ValueError(message) from error
+        elif not choices and type(value) is not wanted:
+            raise ValueError(f"{source}: {name} is {value!r}; expected {wanted.__name__}")
+        built[key] = value
     return kind(**built)
-
-
-def _checked(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401
-    if typing.get_origin(hint) is Literal:
-        choices = typing.get_args(hint)
-        if value not in choices:
-            raise ValueError(f"{where} is {value!r}; expected one of {', '.join(choices)}")
-        return value
-    if hint is float and isinstance(value, str):
-        # YAML 1.1 reads 1e-3 (without a dot) as text.
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not hint:
-        raise ValueError(f"{where} is {value!r}; expected {hint.__name__}")
-    return value
 
 
 def _all_keys() -> list[str]:
     groups = typing.get_type_hints(Config)
-    keys = list(groups)
-    for kind in groups.values():
-        if dataclasses.is_dataclass(kind):
-            keys += list(typing.get_type_hints(kind))
-    return keys
+    return [*groups, *(k for g in groups.values() for k in getattr(g, "__annotations__", ()))]

@@ -84,7 +84,11 @@ def test_round_trip(tmp_path):
         ("data: {crop: 64", r"bad\.yaml is not YAML: .*(\n.*)*line 1"),
         ("data: {crop: \x07}", r"bad\.yaml is not YAML: "),
         ("seed: 1\nseed: 2", r"bad\.yaml is not YAML: the key 'seed' is there twice(\n.*)*line 2"),
-        ("data: {crop: 64, workers: 1, crop: 96}", "the key 'crop' is there twice"),
+        ("train: {learning_rate: fast}", "train.learning_rate is 'fast'; expected float"),
+        ("train: {learning_rate: true}", "train.learning_rate is True; expected float"),
+        ("train: {batch_size: 16, accumulate: 3}", "accumulate is 3; expected a divisor of train"),
+        ("train: {weight_decay: .nan}", "train.weight_decay is nan; expected a finite number"),
+        ("evaluation: {every: -1}", "evaluation.every is -1; expected 0 or more"),
         ("? [1, 2]\n: 3", r"bad\.yaml is not YAML: .*(\n.*)*unhashable"),
     ],
 )

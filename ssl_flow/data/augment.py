@@ -17,16 +17,11 @@ from torch import Tensor
 class Windows(NamedTuple):
     """Parts cut out of frames and their flows, each (h, w) in the upper left of (H, W)."""
 
-    frame: Tensor
-    """(B, H, W, 3) uint8 RGB."""
-    flow: Tensor
-    """(B, H, W, 2) float16, pixels of the source, x right, y down; NaN = not to be trusted."""
-    size: Tensor
-    """(B, 2) float32: h, w."""
-    flip: Tensor
-    """(B,) bool: to be mirrored horizontally."""
-    color: Tensor
-    """(B, 3, 4) float32: matrix of the colours; last column: what to add of the mean grey value."""
+    frame: Tensor  # (B, H, W, 3) uint8 RGB
+    flow: Tensor  # (B, H, W, 2) float16, pixels of the source, x right, y down; NaN = not trusted
+    size: Tensor  # (B, 2) float32: h, w
+    flip: Tensor  # (B,) bool: to be mirrored horizontally
+    color: Tensor  # (B, 3, 4) float32: matrix of the colours; what to add of the mean grey value
 
     def to(self, device: torch.device) -> Windows:
         """Copy to a device, without waiting where the memory is pinned."""
@@ -36,12 +31,9 @@ class Windows(NamedTuple):
 class Pair(NamedTuple):
     """A batch to train on, all on the crop's own pixel scale."""
 
-    image: Tensor
-    """(B, H, W, 3) uint8 RGB."""
-    flow: Tensor
-    """(B, 2, H/4, W/4) float32, pixels of the crop (not of the grid), x right, y down."""
-    weight: Tensor
-    """(B, H/4, W/4) float32 in 0..1; 0 = flow unknown there, leave the pixel out."""
+    image: Tensor  # (B, H, W, 3) uint8 RGB
+    flow: Tensor  # (B, 2, H/4, W/4) float32, pixels of the crop (not of the grid), x right, y down
+    weight: Tensor  # (B, H/4, W/4) float32 in 0..1; 0 = flow unknown there
 
 
 @torch.no_grad()
@@ -76,8 +68,7 @@ def augment(windows: Windows, shape: tuple[int, int], stride: int = 4) -> Pair:
 
 def _planes(images: Tensor) -> Tensor:
     """(B, H, W, C) of any type -> (B, C, H, W) float32."""
-    planes = images.permute(0, 3, 1, 2)
-    return planes.to(torch.float32, memory_format=torch.contiguous_format)
+    return images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def resize(images: Tensor, size: Tensor, flip: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -91,7 +82,7 @@ def resize(images: Tensor, size: Tensor, flip: Tensor, shape: tuple[int, int]) -
         images: window i fills [:, :h, :w]; what lies beyond must be finite and is ignored.
         size: (B, 2) float32: h, w.
         flip: (B,) bool: mirror horizontally.
-        shape: height and width of the result, in pixels.
+        shape: of the result.
     """
     tall = _sums(images, size[:, 0], torch.zeros_like(flip), shape[0])
     return _sums(tall.mT, size[:, 1], flip, shape[1]).mT

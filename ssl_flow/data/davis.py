@@ -19,16 +19,14 @@ import numpy as np
 from ssl_flow.data.labelled import (
     IGNORE,
     Files,
-    Labelled,
     SegmentationSet,
     Split,
     class_table,
     paired,
-    read_image,
+    parse_spec,
     read_lines,
     read_mask,
     require,
-    require_same_size,
     set_of_files,
 )
 
@@ -36,32 +34,15 @@ _LAYOUT = (
     "davis: the official JPEGImages/480p, Annotations/480p, ImageSets/{2017,2016,480p}/"
     "{train,val}.txt, or frames/SEQUENCE/N.jpg, masks/SEQUENCE/N.png"
 )
-FOREGROUND = class_table({0: 0} | {value: 1 for value in range(1, 256)})
-"""Any non-zero value is foreground: object indices, or 255 as in the masks of 2016."""
+# Any non-zero value is foreground: object indices, or 255 as in the masks of 2016.
+_FOREGROUND = class_table({0: 0} | dict.fromkeys(range(1, 256), 1))
 
 
-@dataclass(frozen=True)
-class Video:
-    """A sequence with a mask on every frame; `video[i]` reads one frame from the disk."""
+@dataclass
+class Video(SegmentationSet):
+    """A sequence with a mask on every frame: 0 = background, 1..objects."""
 
-    name: str
-    files: list[Files]
-    objects: int  # those of the first mask: what is to be followed
-    table: np.ndarray  # (256,) mask value -> 0 background, 1..objects
-    shape: tuple[int, int]  # (H, W) of every frame
-
-    def __len__(self) -> int:
-        """The number of frames."""
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Labelled:
-        """Frame, objects (H, W) uint8 with 0 = background, name; ValueError on another size."""
-        name, image_path, mask_path = self.files[index]
-        image, mask = read_image(image_path), read_mask(mask_path)
-        require_same_size(mask, mask_path, image, image_path)
-        if mask.shape != self.shape:
-            raise ValueError(f"{image_path} is {mask.shape}, the first frame is {self.shape}")
-        return Labelled(image, self.table[mask].astype(np.uint8), name)
+    objects: int = 0  # those of the first mask: what is to be followed
 
 
 @dataclass(frozen=True)
@@ -78,7 +59,8 @@ def davis(root: Path, split: Split) -> SegmentationSet:
     sequences, rule, _ = _sequences(root, split, ("480p", "2016", "2017"))
     files = [file for part in sequences.values() for file in part]
     protocol = {"rule": rule, "sequences": list(sequences)}
-    return set_of_files("davis", ["background", "foreground"], FOREGROUND, files, protocol)
+    classes = ["background", "foreground"]
+    return set_of_files("davis", classes, _FOREGROUND, files, _LAYOUT, protocol)
 
 
 def open_videos(spec: str, split: Split = "test") -> VideoSet:
@@ -97,13 +79,9 @@ def open_videos(spec: str, split: Split = "test") -> VideoSet:
         ValueError: unknown kind, an empty split, a first mask without an object.
         FileNotFoundError: something of the layout is missing; the message names it.
     """
-    kind, _, path = spec.partition(":")
-    if kind not in ("davis", "davis2016") or not path:
-        raise ValueError(f"unknown videos {spec!r}; known: davis:PATH, davis2016:PATH")
-    if split not in ("train", "test"):
-        raise ValueError(f"unknown split {split!r}; known: train, test")
+    kind, root = parse_spec(spec, "videos", ("davis:PATH", "davis2016:PATH"), split)
     lists = ("480p", "2016") if kind == "davis2016" else ("2017", "480p", "2016")
-    sequences, rule, used = _sequences(Path(path).expanduser(), split, lists)
+    sequences, rule, used = _sequences(root, split, lists)
     merged = kind == "davis2016" or used in ("480p", "2016")
     videos = [_video(name, files, merged) for name, files in sequences.items()]
     if not videos:
@@ -132,8 +110,8 @@ def _video(name: str, files: list[Files], merged: bool) -> Video:
         )
     table = np.zeros(256, np.int16)
     table[found] = range(1, len(found) + 1)
-    table = FOREGROUND if merged else table
-    return Video(name, files, len(found), table, first.shape)
+    frames = set_of_files(name, [], _FOREGROUND if merged else table, files, _LAYOUT, {})
+    return Video(**vars(frames), objects=len(found))
 
 
 def _sequences(
@@ -146,20 +124,17 @@ def _sequences(
     official = {"train": "train", "test": "val"}[split]
     used = next((n for n in lists if (root / f"ImageSets/{n}/{official}.txt").exists()), None)
     images, masks = ("JPEGImages/480p", "Annotations/480p") if used else ("frames", "masks")
-    for needed in (images, masks):
-        require(root / needed, _LAYOUT)
+    require(_LAYOUT, root / images, root / masks)
     if used:
         # A line is "/JPEGImages/480p/bear/00000.jpg /Annotations/..." (2016) or "bear" (2017).
-        lines = [ln.split()[0] for ln in read_lines(root / f"ImageSets/{used}/{official}.txt", "")]
-        names = sorted({Path(x).parent.name if x.endswith(".jpg") else x for x in lines})
+        lines = read_lines(root / f"ImageSets/{used}/{official}.txt", _LAYOUT)
+        names = sorted({Path(x).parent.name if "/" in x else x for x in lines})
         rule = f"the official list ImageSets/{used}/{official}.txt"
     else:
         every = sorted(p.name for p in (root / images).iterdir() if p.is_dir())
         names = [s for i, s in enumerate(every) if (i % 3 == 1) == (split == "test")]
         rule = "sequences sorted by name, index % 3 == 1 is test, the others are train"
     found = {name: paired(root / images / name, root / masks / name, _LAYOUT) for name in names}
-    return (
-        {n: [f._replace(name=f"{n}/{f.name}") for f in files] for n, files in found.items()},
-        rule,
-        used,
-    )
+    for name, files in found.items():
+        found[name] = [f._replace(name=f"{name}/{f.name}") for f in files]
+    return found, rule, used

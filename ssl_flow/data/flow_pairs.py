@@ -9,13 +9,13 @@ in KITTI's encoding: a 16-bit PNG with u * 64 + 32768, v * 64 + 32768 and 1 wher
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
+
+from ssl_flow.data.labelled import ItemSet, parse_spec
 
 
 class FlowPair(NamedTuple):
@@ -28,28 +28,7 @@ class FlowPair(NamedTuple):
     name: str
 
 
-@dataclass
-class FlowPairs:
-    """A set of pairs; `pairs[i]` reads one from the disk (nothing is cached)."""
-
-    name: str  # for tables and file names
-    names: list[str]  # one a pair
-    load: Callable[[int], FlowPair]
-    protocol: dict[str, Any] = field(default_factory=dict)  # which pairs, of what
-
-    def __len__(self) -> int:
-        """The number of pairs."""
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> FlowPair:
-        """Pair `index`."""
-        if not 0 <= index < len(self):  # IndexError also ends `for pair in pairs`
-            raise IndexError(f"{self.name} has {len(self)} pairs, asked for index {index}")
-        return self.load(index)
-
-    def __iter__(self) -> Iterator[FlowPair]:
-        """All pairs in order."""
-        return (self.load(i) for i in range(len(self)))
+FlowPairs = ItemSet[FlowPair]
 
 
 def open_flow_pairs(spec: str) -> FlowPairs:
@@ -59,49 +38,38 @@ def open_flow_pairs(spec: str) -> FlowPairs:
         ValueError: another kind.
         FileNotFoundError: no pair there, or a frame of one is missing; the message names it.
     """
-    if spec == "synthetic":
+    kind, root = parse_spec(spec, "flow pairs", ("middlebury:PATH", "synthetic"), "test")
+    if kind == "synthetic":
         names = [f"synthetic-{3_000_000 + i}" for i in range(20)]  # seeds no other set has
         rule = "the middle frame and the next of the synthetic videos with these seeds"
-        return FlowPairs(spec, names, lambda i: _synthetic(names[i]), {"spec": spec, "rule": rule})
-    kind, _, path = spec.partition(":")
-    if kind != "middlebury" or not path:
-        raise ValueError(f"unknown flow pairs {spec!r}; known: middlebury:PATH, synthetic")
-    folders = sorted(file.parent for file in Path(path).expanduser().glob("*/flow10.png"))
+        about = {"spec": spec, "rule": rule}
+        return FlowPairs(kind, [], names, lambda i: _synthetic(names[i]), about)
+    folders = sorted(file.parent for file in root.glob("*/flow10.png"))
     if not folders:
-        raise FileNotFoundError(f"no pair in {path}. Expected NAME/flow10.png, frame10.png, ...11")
+        raise FileNotFoundError(f"no pair in {root}. Expected NAME/flow10.png, frame10.png, ...11")
     for file in (folder / f"frame{i}.png" for folder in folders for i in (10, 11)):
         if not file.exists():
             raise FileNotFoundError(f"{file} is missing, a frame of {file.parent / 'flow10.png'}")
     names = [folder.name for folder in folders]
     protocol = {"spec": spec, "rule": "every folder with flow10.png", "names": names}
-    return FlowPairs(kind, names, lambda i: read_flow_pair(folders[i]), protocol)
+    return FlowPairs(kind, [], names, lambda i: read_flow_pair(folders[i]), protocol)
 
 
-def read_flow_pair(folder: Path, short_side: int | None = None) -> FlowPair:
-    """Read a Middlebury pair, reduced to a shorter side of `short_side` pixels where given.
+def read_flow_pair(folder: Path) -> FlowPair:
+    """Read a Middlebury pair.
 
     Raises:
         ValueError: a file cannot be read, or is not of the encoding or size expected.
     """
-    frames: list[np.ndarray] = [_read(folder / f"frame{i}.png", cv2.IMREAD_COLOR) for i in (10, 11)]
+    first, second = (_read(folder / f"frame{i}.png", cv2.IMREAD_COLOR) for i in (10, 11))
     code = _read(folder / "flow10.png", cv2.IMREAD_UNCHANGED)  # read as known, v, u
-    if code.dtype != np.uint16 or any(frame.shape != code.shape for frame in frames):
-        found = f"{code.dtype} {code.shape}, the frames {frames[0].shape} and {frames[1].shape}"
+    if code.dtype != np.uint16 or not first.shape == second.shape == code.shape:
+        found = f"{code.dtype} {code.shape}, the frames {first.shape} and {second.shape}"
         raise ValueError(f"{folder}: flow10.png is {found}; expected uint16 (H, W, 3) as they are")
-    mask: np.ndarray = (code[..., 0] > 0).astype(np.float32)
-    flow = (code[..., :0:-1].astype(np.float32) - 32768) / 64 * mask[..., None]
-    if short_side is not None:
-        height, width = mask.shape
-        scale = short_side / min(height, width)
-        size = (round(width * scale), round(height * scale))
-        frames = [cv2.resize(frame, size, interpolation=cv2.INTER_AREA) for frame in frames]
-        mask = cv2.resize(mask, size, interpolation=cv2.INTER_AREA)
-        flow = cv2.resize(flow, size, interpolation=cv2.INTER_AREA)
-        # Shorter vectors in a smaller picture; the mean over the known pixels only.
-        factor = np.array([size[0] / width, size[1] / height], np.float32)
-        flow = flow * factor / np.maximum(mask, 1e-3)[..., None]
-    first, second = (np.ascontiguousarray(frame[..., ::-1]) for frame in frames)
-    return FlowPair(first, second, flow, mask > 0.5, folder.name)
+    known = code[..., 0] > 0
+    flow = (code[..., :0:-1].astype(np.float32) - 32768) / 64 * known[..., None]
+    first, second = (np.ascontiguousarray(frame[..., ::-1]) for frame in (first, second))
+    return FlowPair(first, second, flow, known, folder.name)
 
 
 def _read(path: Path, mode: int) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Training examples in a reproducible order: a stored (frame, flow) -> a window of random geometry.
 
-Here, in the loader's processes, pairs are decoded and windows cut out; what follows is done for the
-whole batch on the device, in `ssl_flow.data.augment`.
+This is done in the loader's processes; `ssl_flow.data.augment` does the rest, on the device.
 """
 
 from __future__ import annotations
@@ -32,13 +31,10 @@ class Geometry(NamedTuple):
 class Window(NamedTuple):
     """One example, not yet resized: see `Windows`."""
 
-    frame: Tensor
-    """(h, w, 3) uint8 RGB."""
-    flow: Tensor
-    """(h, w, 2) float16, pixels, x right, y down; NaN = not to be trusted."""
+    frame: Tensor  # (h, w, 3) uint8 RGB
+    flow: Tensor  # (h, w, 2) float16, pixels, x right, y down; NaN = not to be trusted
     flip: bool
-    color: np.ndarray
-    """(3, 4), see `sample_color`."""
+    color: np.ndarray  # (3, 4), see `sample_color`
 
 
 def sample_geometry(
@@ -116,7 +112,7 @@ class FlowPairs(Dataset[Window]):
         self._round: tuple[int, np.ndarray] = (-1, first)  # the last one's order of videos
 
     def __len__(self) -> int:
-        """Examples in the whole run."""
+        """`length`."""
         return self.length
 
     def __getitem__(self, k: int) -> Window:

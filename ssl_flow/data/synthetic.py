@@ -87,8 +87,7 @@ class SyntheticVideo:
                     middle=(frames - 1) / 2,
                 )
             )
-        axis = np.linspace(-1, 1, size, dtype=np.float32)
-        slope = rng.uniform(-0.25, 0.25, 2)
+        axis, slope = np.linspace(-1, 1, size, dtype=np.float32), rng.uniform(-0.25, 0.25, 2)
         light = rng.uniform(0.75, 1.1) + slope[0] * axis + slope[1] * axis[:, None]
         self._light = light[..., None].astype(np.float32)
         self._noise = rng.uniform(2, 6)
@@ -102,14 +101,12 @@ class SyntheticVideo:
             warped = self._warp(layer.picture, layer.matrix(t))
             image += warped[..., 3:] * (warped[..., :3] - image)
         noise = default_rng([self.seed, t]).standard_normal(image.shape, np.float32)
-        seen: np.ndarray = np.clip(image * self._light + self._noise * noise, 0, 255)
-        return seen.astype(np.uint8)
+        return np.asarray(np.clip(image * self._light + self._noise * noise, 0, 255), np.uint8)
 
     def mask(self, t: int) -> np.ndarray:
         """(H, W) uint8: index into CLASSES of what is seen."""
         labels = np.array([layer.label for layer in self._layers], np.uint8)
-        seen: np.ndarray = labels[self.visible(t)]
-        return seen
+        return np.asarray(labels[self.visible(t)])
 
     def visible(self, t: int) -> np.ndarray:
         """(H, W) int: which layer is seen: 0 the background, then the objects, last in front."""
@@ -129,9 +126,7 @@ class SyntheticVideo:
         return flow
 
     def _warp(self, picture: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-        warped: np.ndarray = cv2.warpAffine(
-            picture, matrix, (self.size, self.size), flags=cv2.INTER_LINEAR
-        )
+        warped: np.ndarray = cv2.warpAffine(picture, matrix, (self.size, self.size))
         return warped
 
 
@@ -182,8 +177,7 @@ def _texture(rng: Generator, kind: int, x: np.ndarray, y: np.ndarray) -> np.ndar
     hsv = rng.uniform([[0, 0.1, 0.1], [0, 0.1, 0.6]], [[360, 0.7, 0.5], [360, 0.7, 1]])
     tones = cv2.cvtColor(hsv[None].astype(np.float32), cv2.COLOR_HSV2RGB)[0] * 255
     first, second = tones[rng.permutation(2)]
-    colored: np.ndarray = first + mix * (second - first)
-    return colored
+    return np.asarray(first + mix * (second - first))
 
 
 def _background(rng: Generator, size: int) -> np.ndarray:

@@ -5,10 +5,4 @@ from ssl_flow.evaluation.metrics import ConfusionMatrix
 from ssl_flow.evaluation.outcome import Outcome
 from ssl_flow.evaluation.pixel_features import estimate_batchnorm
 
-__all__ = [
-    "ConfusionMatrix",
-    "LinearProbe",
-    "Outcome",
-    "estimate_batchnorm",
-    "run_linear_probe",
-]
+__all__ = ["ConfusionMatrix", "LinearProbe", "Outcome", "estimate_batchnorm", "run_linear_probe"]

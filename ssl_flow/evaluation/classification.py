@@ -14,36 +14,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision.transforms.functional as V
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from ssl_flow.data.classification import ClassificationSet
 from ssl_flow.data.segmentation import Labelled
-from ssl_flow.evaluation.outcome import Outcome
-from ssl_flow.evaluation.pixel_features import (
-    check_finite,
-    frozen,
-    normalized_batches,
-    require_positive,
-)
+from ssl_flow.evaluation.outcome import Outcome, Settings
+from ssl_flow.evaluation.pixel_features import bar, check_input, frozen, image_levels
 from ssl_flow.models.encoder import Encoder
 
 _ROWS = 4096  # images compared or fitted at once; no influence on the result
 
 
 @dataclass(frozen=True)
-class Classification:
+class Classification(Settings):
     """The protocol; images and neighbours as DINO's, the linear classifier's settings are ours."""
 
     name: ClassVar[str] = "classification"
-    version: ClassVar[int] = 1
     resize: int = 256  # shorter side of an image, bicubic
     crop: int = 224  # side of the square cut from its middle
     neighbours: int = 20  # or all training images where there are fewer
@@ -53,8 +47,8 @@ class Classification:
     batch_images: int = 32  # images per forward pass (no influence on the result)
 
     def __post_init__(self) -> None:
-        """ValueError for a value with which nothing could be classified."""
-        require_positive(self, *(f.name for f in fields(self)))
+        """ValueError also for a crop that does not fit."""
+        super().__post_init__()
         if self.resize < self.crop:
             raise ValueError(f"resize = {self.resize} is less than crop = {self.crop}")
 
@@ -64,110 +58,78 @@ def run_classification(
     train_set: ClassificationSet,
     test_set: ClassificationSet,
     protocol: Classification | None = None,
-    progress: bool = True,
 ) -> Outcome:
     """Classify the test images by the training images; nothing is random.
 
-    Args:
-        encoder: frozen; `features`, `normalize`.
-        train_set: labelled images.
-        test_set: labelled images to score; the same classes.
-        protocol: `Classification()` by default.
-        progress: show progress bars.
-
-    Returns:
-        Shares of the test images: `knn_top1`, `linear_top1` and, with more than 5 classes,
-        `knn_top5`, `linear_top5`. `per_class` is the linear top-1 of each class.
+    Scores are shares of the test images: `knn_top1`, `linear_top1` and, with more than 5 classes,
+    `knn_top5`, `linear_top5`. `per_class` is the linear top-1 of each class.
 
     Raises:
-        ValueError: different classes, an empty set, a class outside the list, features that are
-            not finite (both name the image).
+        ValueError: an empty set, and as all protocols do.
     """
     protocol = protocol or Classification()
-    if list(train_set.classes) != list(test_set.classes):
-        raise ValueError(f"classes differ: train {train_set.classes}, test {test_set.classes}")
+    check_input(encoder, "last", train_set, test_set)
     start = time.perf_counter()
     with frozen(encoder):
-        train, labels, _ = _pooled(encoder, train_set, protocol, "train features", progress)
-        test, truth, names = _pooled(encoder, test_set, protocol, "test features", progress)
+        train, labels, _ = _pooled(encoder, train_set, protocol, "train features")
+        test, truth, names = _pooled(encoder, test_set, protocol, "test features")
     classes = len(train_set.classes)
-    votes = knn_votes(train, labels, test, classes, protocol)
     weight, bias = fit_linear(train, labels, classes, protocol)
-    ranked = {"knn": votes, "linear": F.linear(test, weight, bias)}
+    votes = knn_votes(train, labels, test, classes, protocol)
     values = {}
     for top in (1, 5) if classes > 5 else (1,):
-        for method, scores in ranked.items():
+        for method, scores in (("knn", votes), ("linear", F.linear(test, weight, bias))):
             best = scores.topk(top, dim=1).indices  # (N, top)
             values[f"{method}_top{top}"] = (best == truth[:, None]).any(1).double().cpu().numpy()
-    right, indices = values["linear_top1"], truth.cpu().numpy()
+    members = {name: truth.cpu().numpy() == i for i, name in enumerate(train_set.classes)}
+    right = values["linear_top1"]
+    seconds = round(time.perf_counter() - start, 1)
     return Outcome(
         scores={name: float(value.mean()) for name, value in values.items()},
         values=values,
         items=names,
-        per_class={
-            name: float(right[indices == i].mean()) if (indices == i).any() else None
-            for i, name in enumerate(train_set.classes)
-        },
-        details={
-            "channels": train.shape[1],
-            "train_images": len(train),
-            "seconds": round(time.perf_counter() - start, 1),
-        },
+        per_class={k: float(right[m].mean()) if m.any() else None for k, m in members.items()},
+        details={"channels": train.shape[1], "train_images": len(train), "seconds": seconds},
     )
 
 
 def _pooled(
-    encoder: Encoder, images: ClassificationSet, protocol: Classification, what: str, progress: bool
+    encoder: Encoder, images: ClassificationSet, protocol: Classification, what: str
 ) -> tuple[Tensor, Tensor, list[str]]:
     """Mean of the last map (N, C) float32, classes (N,) int64, names."""
+    if not len(images):
+        raise ValueError("no images to classify: the set is empty")
 
     def cropped() -> Iterator[Labelled]:
-        for index in range(len(images)):
+        for index in bar(range(len(images)), what):
             image, label, name = images[index]
-            if not 0 <= label < len(images.classes):
-                raise ValueError(
-                    f"{name} is of class {label}, expected 0..{len(images.classes) - 1}"
-                )
+            if not 0 <= label < (classes := len(images.classes)):
+                raise ValueError(f"{name} is of class {label}, expected 0..{classes - 1}")
+            labels.append(label)
             names.append(name)
-            yield Labelled(
-                center_crop(image, protocol.resize, protocol.crop), np.array(label), name
-            )
+            image = center_crop(image, protocol.resize, protocol.crop)
+            yield Labelled(image, image[..., 0], name)
 
+    pooled = []
+    labels: list[int] = []
     names: list[str] = []
-    pooled, labels = [], []
-    with tqdm(total=len(images), desc=what, disable=not progress, leave=False) as bar:
-        for items, batch in normalized_batches(encoder, cropped(), protocol.batch_images):
-            means = encoder.features(batch)[-1].float().mean((2, 3))
-            check_finite([means], [item.name for item in items])
-            pooled.append(means)
-            labels += [int(item.mask) for item in items]
-            bar.update(len(items))
-    if not pooled:
-        raise ValueError("no images to classify: the set is empty")
+    for _, (last,), _ in image_levels(encoder, cropped(), "last", protocol.batch_images):
+        pooled.append(last.mean((2, 3)))
     return torch.cat(pooled), torch.tensor(labels, device=pooled[0].device), names
 
 
 def center_crop(image: np.ndarray, resize: int, crop: int) -> np.ndarray:
     """(H, W, 3) uint8 -> (crop, crop, 3): shorter side to `resize`, bicubic, then the middle."""
-    height, width = image.shape[:2]
-    # The longer side is cut to whole pixels and the border rounded, as in torchvision.
-    size = (resize * width // min(height, width), resize * height // min(height, width))
-    resized = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
-    left, top = (round((side - crop) / 2) for side in size)
-    return np.asarray(resized.crop((left, top, left + crop, top + crop)))
+    resized = V.resize(Image.fromarray(image), [resize], V.InterpolationMode.BICUBIC)
+    return np.asarray(V.center_crop(resized, [crop, crop]))
 
 
 def knn_votes(
     train: Tensor, labels: Tensor, test: Tensor, classes: int, protocol: Classification
 ) -> Tensor:
-    """(M, classes) sums of exp(cosine / temperature) over each test vector's nearest neighbours.
+    """(M, classes) sums of exp(cosine / temperature) over the nearest neighbours.
 
-    Args:
-        train: (N, C).
-        labels: (N,) their classes.
-        test: (M, C).
-        classes: number of classes.
-        protocol: neighbours and temperature.
+    Those of each test vector (M, C) among the training vectors (N, C) of classes `labels` (N,).
     """
     train, k = F.normalize(train, dim=1), min(protocol.neighbours, len(train))
     rows = []
@@ -191,12 +153,9 @@ def fit_linear(
     weight = features.new_zeros(classes, features.shape[1]).requires_grad_()
     bias = features.new_zeros(classes).requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [weight, bias],
-        max_iter=protocol.iterations,
-        tolerance_grad=1e-6,
-        tolerance_change=1e-9,
+        [weight, bias], max_iter=protocol.iterations, tolerance_grad=1e-6, tolerance_change=1e-9,
         line_search_fn="strong_wolfe",
-    )
+    )  # fmt: skip
 
     def closure() -> Tensor:
         optimizer.zero_grad()

@@ -23,35 +23,32 @@ than scikit-learn's tolerance.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
-from ssl_flow.data.segmentation import IGNORE, Labelled, SegmentationSet
-from ssl_flow.evaluation.metrics import ConfusionMatrix
-from ssl_flow.evaluation.outcome import Outcome
-from ssl_flow.evaluation.patch_features import (
-    check_classes,
+from ssl_flow.data.segmentation import IGNORE, SegmentationSet
+from ssl_flow.evaluation.metrics import ConfusionMatrix, SegmentationScores
+from ssl_flow.evaluation.outcome import Outcome, Settings
+from ssl_flow.evaluation.pixel_features import (
+    bar,
+    check_input,
+    frozen,
     image_features,
     resize_mask,
     shrink_mask,
 )
-from ssl_flow.evaluation.pixel_features import check_features, frozen, require_positive
-from ssl_flow.evaluation.segmentation_scores import SegmentationScores
 from ssl_flow.models.encoder import Encoder
 
 
 @dataclass(frozen=True)
-class Clustering:
-    """The protocol; printed with every result and stored beside it."""
+class Clustering(Settings):
+    """The protocol; what is published and what is ours is said above."""
 
     name: ClassVar[str] = "clustering"
-    version: ClassVar[int] = 1
     features: str = "last"  # last level; or hypercolumn (all, at the finest's stride), stage1, ...
     image_size: int = 448  # images are brought to a square of this side
     mask_size: int = 100  # and masks and clusters to one of this
@@ -63,10 +60,6 @@ class Clustering:
     patches_per_cluster: int = 256  # sample that k-means is fitted on
     batch_images: int = 8  # images per forward pass of the encoder (no influence on the result)
 
-    def __post_init__(self) -> None:
-        """ValueError for a value with which nothing could be clustered."""
-        require_positive(self, *(f.name for f in fields(self) if f.name != "features"))
-
 
 def run_clustering(
     encoder: Encoder,
@@ -74,47 +67,48 @@ def run_clustering(
     test_set: SegmentationSet,
     protocol: Clustering | None = None,
     seed: int = 0,
-    examples: int = 6,
-    progress: bool = True,
 ) -> Outcome:
-    """Cluster the patches of the test split, match clusters with classes; the encoder stays.
+    """Cluster the patches of the test split, match clusters with classes; train_set is not used.
 
-    Args:
-        encoder: any with `features`, `channels`, `strides`, `normalize`.
-        train_set: not used by this protocol; must have the same classes.
-        test_set: labelled images to cluster and score.
-        protocol: `Clustering()` by default.
-        seed: of the first k-means run; the others have the seeds after it.
-        examples: test images kept in the outcome.
-        progress: show progress bars.
-
-    Returns:
-        Scores: means over the seeds and their standard deviation. `counts`, `per_class`,
-        `examples` are those of K = classes with the seed of median mIoU (details["shown_seed"]).
+    `seed` is that of the first k-means run; the others have the seeds after it. Scores are means
+    over the runs and their standard deviation; `counts`, `per_class`, `examples` are those of
+    K = classes with the seed of median mIoU (details["shown_seed"]).
 
     Raises:
-        ValueError: unknown features, different classes, fewer patches than clusters, features that
-            are not finite or do not fit their stride (names the image).
+        ValueError: fewer patches than clusters, and as all protocols do.
         ImportError: without scikit-learn.
     """
     protocol = protocol or Clustering()
     _sklearn()  # missing: before any long work
-    check_features(encoder, protocol.features)
-    check_classes(train_set, test_set)
-    scores = SegmentationScores(test_set, examples)
-    classes, ks = len(test_set.classes), (len(test_set.classes), protocol.overclusters)
+    check_input(encoder, protocol.features, train_set, test_set)
+    scores = SegmentationScores(test_set)
+    walk = encoder, test_set, protocol.features, protocol.image_size, protocol.batch_images
+    wanted = protocol.patches_per_cluster * max(protocol.overclusters, len(test_set.classes))
+    limit = -(-wanted // len(test_set))  # patches of an image that PCA and k-means are fitted on
+    generator, drawn = torch.Generator().manual_seed(seed), []
     with frozen(encoder):
-        sample = _sample(encoder, test_set, protocol, seed, progress)
-        reduction, runs = _fit(sample, ks, protocol, seed, progress)
-        channels, patches_used = sample.shape[1], len(sample)
+        for _, patches, _ in image_features(*walk, "sample"):
+            features = patches.flatten(1).T
+            chosen = torch.randperm(len(features), generator=generator)[:limit]
+            drawn.append(features[chosen.to(features.device)].cpu().numpy())
+        sample = np.concatenate(drawn)
+        drawn.clear()
+        if len(sample) < protocol.overclusters:
+            raise ValueError(
+                f"{test_set.name}: {len(sample)} patches cannot make overclusters = "
+                f"{protocol.overclusters} clusters; use finer features or a larger image_size"
+            )
+        ks = len(test_set.classes), protocol.overclusters
+        reduction, runs = _fit(sample, ks, protocol, seed)
+        patches_used, channels = sample.shape
         del sample
         # A table (classes, K) for each run; every image's clusters in the runs of K = classes.
-        tables = [np.zeros((classes, run.n_clusters), np.int64) for run in runs]
+        tables = [np.zeros((ks[0], run.n_clusters), np.int64) for run in runs]
         clusters, lookup = [], np.empty(0, np.int64)
-        for item, patches, stride in _walk(encoder, test_set, protocol, progress, "assign"):
+        pixels = np.arange(protocol.mask_size) * protocol.image_size // protocol.mask_size
+        for item, patches, stride in image_features(*walk, "assign"):
             reduced = reduction.transform(patches.flatten(1).T.cpu().numpy())
             found = np.stack([run.predict(reduced) for run in runs])
-            pixels = np.arange(protocol.mask_size) * protocol.image_size // protocol.mask_size
             lookup = (pixels // stride)[:, None] * patches.shape[2] + pixels // stride
             mask = _small_mask(item.mask, protocol)
             for table, labels in zip(tables, found[:, lookup], strict=True):
@@ -131,22 +125,10 @@ def run_clustering(
         seed=seed, shown_seed=seed + shown, channels=channels, patches=patches_used,
         miou_of_seeds=same.tolist(), overclustering_miou_of_seeds=over.tolist(),
     )  # fmt: skip
-    outcome.scores = {
-        "miou": float(same.mean()),
-        "miou_std": float(same.std()),
-        "overclustering_miou": float(over.mean()),
-        "overclustering_miou_std": float(over.std()),
-    }
+    outcome.scores = {}
+    for name, mious_of in (("miou", same), ("overclustering_miou", over)):
+        outcome.scores |= {name: float(mious_of.mean()), f"{name}_std": float(mious_of.std())}
     return outcome
-
-
-def _walk(
-    encoder: Encoder, dataset: SegmentationSet, protocol: Clustering, progress: bool, what: str
-) -> Iterator[tuple[Labelled, Tensor, int]]:
-    found = image_features(
-        encoder, dataset, protocol.features, protocol.image_size, protocol.batch_images
-    )
-    return iter(tqdm(found, what, len(dataset), disable=not progress, leave=False))
 
 
 def _small_mask(mask: np.ndarray, protocol: Clustering) -> np.ndarray:
@@ -155,28 +137,8 @@ def _small_mask(mask: np.ndarray, protocol: Clustering) -> np.ndarray:
     return shrink_mask(large, protocol.mask_size)
 
 
-def _sample(
-    encoder: Encoder, dataset: SegmentationSet, protocol: Clustering, seed: int, progress: bool
-) -> np.ndarray:
-    """Patch features (M, C) float32 drawn evenly from all images."""
-    wanted = protocol.patches_per_cluster * max(protocol.overclusters, len(dataset.classes))
-    limit = -(-wanted // len(dataset))
-    generator, drawn = torch.Generator().manual_seed(seed), []
-    for _, patches, _ in _walk(encoder, dataset, protocol, progress, "sample"):
-        features = patches.flatten(1).T
-        chosen = torch.randperm(len(features), generator=generator)[:limit]
-        drawn.append(features[chosen.to(features.device)].cpu().numpy())
-    sample = np.concatenate(drawn)
-    if len(sample) < protocol.overclusters:
-        raise ValueError(
-            f"{dataset.name}: {len(sample)} patches cannot make overclusters = "
-            f"{protocol.overclusters} clusters; use finer features or a larger image_size"
-        )
-    return sample
-
-
 def _fit(
-    sample: np.ndarray, ks: Sequence[int], protocol: Clustering, seed: int, progress: bool
+    sample: np.ndarray, ks: Sequence[int], protocol: Clustering, seed: int
 ) -> tuple[Any, list[Any]]:
     """Standardisation and PCA, and the k-means runs: for each K, every seed."""
     sklearn = _sklearn()
@@ -187,7 +149,7 @@ def _fit(
     )
     reduced, runs = reduction.fit_transform(sample), []
     jobs = [(k, run) for k in ks for run in range(seed, seed + protocol.seeds)]
-    for k, run in tqdm(jobs, "k-means", disable=not progress, leave=False):
+    for k, run in bar(jobs, "k-means"):
         rows = np.random.default_rng(run).permutation(len(reduced))
         kmeans = sklearn.cluster.KMeans(
             k, init="random", n_init=protocol.restarts, max_iter=protocol.iterations,

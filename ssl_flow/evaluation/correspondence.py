@@ -22,16 +22,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from ssl_flow.data.flow_pairs import FlowPair
 from ssl_flow.data.segmentation import Labelled
-from ssl_flow.evaluation.outcome import Outcome
+from ssl_flow.evaluation.outcome import Outcome, Settings
 from ssl_flow.evaluation.pixel_features import (
+    bar,
     check_features,
-    feature_levels,
     frozen,
-    normalized_batches,
+    image_levels,
     sample_levels,
 )
 from ssl_flow.models.encoder import Encoder
@@ -40,44 +39,28 @@ _KEYS = 8192  # pixels compared with at once; no influence on the result
 
 
 @dataclass(frozen=True)
-class Correspondence:
+class Correspondence(Settings):
     """The protocol; distances in pixels of the frames as they are."""
 
     name: ClassVar[str] = "correspondence"
-    version: ClassVar[int] = 1
     features: str = "hypercolumn"  # all levels; or embedding, or stage1 (finest), stage2, ...
     query_step: int = 16  # between the pixels of the first frame that are looked up
     pixels: tuple[float, ...] = (1, 3, 5)  # PCK: distances that count as right; first the headline
     sides: tuple[float, ...] = (0.05, 0.1)  # PCK: the same as fractions of the larger side
 
-    def __post_init__(self) -> None:
-        """ValueError for a grid without pixels."""
-        if self.query_step < 1:
-            raise ValueError(f"query_step = {self.query_step}, expected 1 or more")
-
 
 def run_correspondence(
-    encoder: Encoder,
-    pairs: Iterable[FlowPair],
-    protocol: Correspondence | None = None,
-    progress: bool = True,
+    encoder: Encoder, pairs: Iterable[FlowPair], protocol: Correspondence | None = None
 ) -> Outcome:
-    """Match every pair and compare with its true flow; nothing is random.
+    """Match every pair (as of `open_flow_pairs`) and compare with its true flow; nothing is random.
 
-    Args:
-        encoder: frozen; `features`, `embed`, `channels`, `strides`, `normalize`.
-        pairs: as `open_flow_pairs` gives.
-        protocol: `Correspondence()` by default.
-        progress: show a progress bar.
-
-    Returns:
-        Scores are means over the pairs of the means over their pixels. `details` holds the same
-        scores of what every table should be read against: `zero flow` (nothing moves) and `floor`
-        (the best that whole pixels can do).
+    Scores are means over the pairs of the means over their pixels. `details` holds the same scores
+    of what every table should be read against: `zero flow` (nothing moves) and `floor` (the best
+    that whole pixels can do).
 
     Raises:
-        ValueError: unknown features, features that are not finite, a pair of different sizes or
-            without a known match inside the frame (all name it), no pairs.
+        ValueError: no pairs, a pair of different sizes or without a known match inside the frame
+            (names it), and as all protocols do.
     """
     protocol = protocol or Correspondence()
     check_features(encoder, protocol.features)
@@ -85,28 +68,28 @@ def run_correspondence(
     tables: dict[str, list[dict[str, float]]] = {"found": [], "zero flow": [], "floor": []}
     items = []
     with frozen(encoder):
-        for pair in tqdm(pairs, desc="pairs", disable=not progress, leave=False):
+        for pair in bar(pairs, "pairs"):
             height, width = pair.known.shape
             queries, targets = _queries(pair, protocol.query_step)
             found = _match(encoder, pair, queries, protocol).numpy()
             rounded = np.clip(np.rint(targets), 0, (width - 1, height - 1))
             for name, guess in (("found", found), ("zero flow", queries), ("floor", rounded)):
                 error = np.linalg.norm(guess - targets, axis=1)
-                tables[name].append(_scores(error, max(height, width), protocol))
+                limits = {f"pck_{limit:g}px": limit for limit in protocol.pixels}
+                limits |= {f"pck_{s:g}": s * max(height, width) for s in protocol.sides}
+                scores = {key: float((error <= limit).mean()) for key, limit in limits.items()}
+                tables[name].append(scores | {"endpoint_error_px": float(error.mean())})
             items.append(pair.name)
     if not items:
         raise ValueError("no pairs of frames to match")
-    values = {name: _columns(rows) for name, rows in tables.items()}
-    means: dict[str, dict[str, Any]] = {
-        name: {key: float(column.mean()) for key, column in columns.items()}
-        for name, columns in values.items()
+    values = {key: np.array([row[key] for row in tables["found"]]) for key in tables["found"][0]}
+    means: dict[str, Any] = {
+        name: {key: float(np.mean([row[key] for row in rows])) for key in values}
+        for name, rows in tables.items()
     }
-    return Outcome(
-        scores=means.pop("found"),
-        values=values["found"],
-        items=items,
-        details=means | {"seconds": round(time.perf_counter() - start, 1)},
-    )
+    found_means = means.pop("found")
+    means["seconds"] = round(time.perf_counter() - start, 1)
+    return Outcome(found_means, values=values, items=items, details=means)
 
 
 def _queries(pair: FlowPair, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -128,25 +111,18 @@ def _match(
     encoder: Encoder, pair: FlowPair, queries: np.ndarray, protocol: Correspondence
 ) -> Tensor:
     """(N, 2) pixels (x, y) of the second frame that are nearest to the queries of the first."""
-    frames = [
-        Labelled(image, pair.known, f"{pair.name}, {which} frame")
-        for image, which in ((pair.first, "first"), (pair.second, "second"))
-    ]
-    _, images = next(normalized_batches(encoder, frames, 2))
-    names = [frame.name for frame in frames]
-    levels, strides = feature_levels(encoder, images, protocol.features, names)
-    device, (height, width) = images.device, pair.known.shape
+    names = [f"{pair.name}, {which} frame" for which in ("first", "second")]
+    frames = map(Labelled, (pair.first, pair.second), (pair.known, pair.known), names)
+    maps = [found[1:] for found in image_levels(encoder, frames, protocol.features, 2)]
 
     def sample(frame: int, pixels: Tensor) -> Tensor:
         """(N, sum C) with unit length over each level."""
-        return torch.cat(
-            [
-                F.normalize(sample_levels([x[frame]], [s], pixels[:, 1], pixels[:, 0]), dim=1)
-                for x, s in zip(levels, strides, strict=True)
-            ],
-            dim=1,
+        read = (
+            sample_levels([x[0]], [s], *pixels.T.flip(0)) for x, s in zip(*maps[frame], strict=True)
         )
+        return torch.cat([F.normalize(level, dim=1) for level in read], dim=1)
 
+    device, (height, width) = maps[0][0][0].device, pair.known.shape
     pixels = torch.from_numpy(queries).to(device)
     asked = sample(0, pixels)  # (N, C)
     best, found = asked.new_full((len(asked),), -torch.inf), torch.zeros_like(pixels)
@@ -157,14 +133,3 @@ def _match(
         found = torch.where((similarity > best)[:, None], keys[which], found)
         best = best.maximum(similarity)
     return found.cpu()
-
-
-def _scores(error: np.ndarray, side: int, protocol: Correspondence) -> dict[str, float]:
-    limits = {f"pck_{limit:g}px": limit for limit in protocol.pixels}
-    limits |= {f"pck_{share:g}": share * side for share in protocol.sides}
-    scores = {name: float((error <= limit).mean()) for name, limit in limits.items()}
-    return scores | {"endpoint_error_px": float(error.mean())}
-
-
-def _columns(rows: list[dict[str, float]]) -> dict[str, np.ndarray]:
-    return {key: np.array([row[key] for row in rows]) for key in rows[0]}

@@ -1,28 +1,25 @@
-"""The curves of training runs: a panel for each quantity that metrics.jsonl holds."""
+"""What a run folder says about its training (config.yaml, metrics.jsonl), and its curves."""
 
 from __future__ import annotations
 
+import io
+import json
 import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
+import yaml
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
-
-from ssl_flow.evaluation.run_log import RunLog
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-Picture: TypeAlias = NDArray[np.uint8]
 
 # Okabe & Ito, told apart with any colour vision; without their yellow, too pale for a line.
 _COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-_DPI, _WIDTH, _HEIGHT = 150, 4.6, 2.7  # pixels an inch; a panel in inches
 _BOUNDS = {
     "constant_loss": "constant embedding",
     "random_loss": "random",
@@ -30,8 +27,7 @@ _BOUNDS = {
 }
 
 
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """One quantity against the step: the first key is drawn bold, further ones are its bounds."""
 
     title: str
@@ -52,8 +48,87 @@ _PANELS = [
     Panel("gradient norm", "norm, log scale", {"gradient_norm": ""}, "log"),
     Panel("learning rate", "learning rate", {"learning_rate": ""}, "from_zero", False),
     Panel("speed", "images / s", {"images_per_second": ""}, "from_zero"),
-    Panel("waiting for data", "% of the time", {"data_wait": ""}, "from_zero"),
+    Panel("waiting for data", "share of the time", {"data_wait": ""}, "from_zero"),
 ]
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """The configuration and the logged numbers of one run."""
+
+    folder: Path
+    config: dict[str, Any]  # flat: `train.steps` -> 400; empty without config.yaml
+    rows: list[dict[str, Any]]  # one a logged step, ascending: `step`, and what else was logged
+    unreadable: int  # lines of metrics.jsonl that hold no step
+
+    @property
+    def name(self) -> str:
+        """The folder's own name, in characters that can be drawn."""
+        return "".join(c if c.isprintable() else "?" for c in self.folder.resolve().name)
+
+    @property
+    def summary(self) -> str:
+        """Backbone, objective and steps, as far as the files tell."""
+        parts = [self.config.get("model.backbone"), self.config.get("loss.objective")]
+        if self.rows:
+            done = self.rows[-1]["step"]
+            wanted = self.config.get("train.steps", done)
+            parts.append(f"{done} steps" if done == wanted else f"{done} of {wanted} steps")
+        return ", ".join(str(part) for part in parts if part)
+
+    def curve(self, key: str) -> tuple[list[float], list[float]]:
+        """Steps and values of a key, without what is missing or not finite."""
+        rows = [row for row in self.rows if is_number(row.get(key))]
+        return [row["step"] for row in rows], [row[key] for row in rows]
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of a JSON file can be drawn."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def read_run(folder: Path) -> RunLog:
+    """Read a run folder; a missing file counts as an empty one, torn lines are left out.
+
+    The lines of one step (a probe has its own) are joined; `kl` is added to those of old runs.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: config.yaml is not a YAML file of keys.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no run folder {folder}; `ssl-flow train` prints the one it makes")
+    file = folder / "config.yaml"
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not YAML; put back what the run wrote: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds no keys; put back what the run wrote")
+
+    metrics, unreadable = folder / "metrics.jsonl", 0
+    rows: dict[float, dict[str, Any]] = {}
+    text = metrics.read_text(encoding="utf-8", errors="replace") if metrics.exists() else ""
+    for line in filter(str.strip, text.split("\n")):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if not (isinstance(row, dict) and is_number(row.get("step"))):
+            unreadable += 1
+            continue
+        if is_number(row.get("loss")) and is_number(row.get("target_entropy")):
+            row["kl"] = row["loss"] - row["target_entropy"]
+        rows.setdefault(row["step"], {}).update(row)
+    return RunLog(folder, _flat(config), [rows[step] for step in sorted(rows)], unreadable)
+
+
+def _flat(config: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        nested = isinstance(value, dict)
+        found |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return found
 
 
 def exponential_mean(values: Sequence[float]) -> NDArray[np.float64]:
@@ -81,81 +156,37 @@ def drawable_panels(runs: Sequence[RunLog]) -> list[Panel]:
     return [panel for panel in _PANELS + probes if has_numbers(panel)]
 
 
-def draw_curves(runs: Sequence[RunLog]) -> tuple[Picture | None, dict[str, Picture]]:
+def draw_curves(runs: Sequence[RunLog]) -> bytes | None:
     """Draw every panel that a run has numbers for; several runs are laid over each other.
 
     Thin lines are the logged values, bold ones their `exponential_mean`. One run: its loss stands
-    between its bounds. Several: a colour each, no bounds.
-
-    Returns:
-        The sheet (H, W, 3) uint8 RGB, and cut out of it the panels by title; None and none when
-        no run has numbers.
-
-    Raises:
-        ImportError: matplotlib is not installed.
+    between its bounds. Several: a colour each, no bounds. Returns a PNG; None without any numbers.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no display
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("the curves need matplotlib: pip install matplotlib") from error
     panels = drawable_panels(runs)
     if not panels:
-        return None, {}
+        return None
     columns = min(3, math.ceil(math.sqrt(len(panels))))
     rows = math.ceil(len(panels) / columns)
-    head = 0.75 if len(runs) == 1 else 0.35 + 0.24 * len(runs)  # inches
-    size = (columns * _WIDTH, rows * _HEIGHT + head)
-    figure = Figure(figsize=size, dpi=_DPI, facecolor="white")
-    canvas = FigureCanvasAgg(figure)
-    _draw_head(figure, runs)
-    corners = [(i % columns * _WIDTH, head + i // columns * _HEIGHT) for i in range(len(panels))]
-    for panel, (left, top) in zip(panels, corners, strict=True):
-        bottom = size[1] - top - _HEIGHT + 0.45
-        axes = figure.add_axes((
-            (left + 0.8) / size[0], bottom / size[1],
-            (_WIDTH - 1.0) / size[0], (_HEIGHT - 0.95) / size[1],
-        ))  # fmt: skip
+    heads = [f"{run.name}: {run.summary}" for run in runs]
+    figure = Figure((4.6 * columns, 2.7 * rows + 0.3 * len(runs) + 0.2), 150, layout="constrained")
+    for panel, axes in zip(
+        panels, figure.subplots(rows, columns, squeeze=False).flat, strict=False
+    ):
         _draw_panel(axes, panel, runs)
+    for axes in figure.axes[len(panels) :]:
+        axes.remove()
+    if len(runs) == 1:
+        figure.suptitle(heads[0], x=0.01, ha="left", parse_math=False)
+    else:
+        lines = [figure.axes[0].plot([], [], lw=2.2, **_style(i))[0] for i in range(len(runs))]
+        legend = figure.legend(lines, heads, loc="outside upper left", frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a folder's name in any script
-        canvas.draw()
-    sheet = np.asarray(canvas.buffer_rgba())[..., :3].copy()
-    cells = {}
-    for panel, (left, top) in zip(panels, corners, strict=True):
-        x, y = round(left * _DPI), round(top * _DPI)
-        cells[panel.title] = sheet[y : y + round(_HEIGHT * _DPI), x : x + round(_WIDTH * _DPI)]
-    return sheet, cells
-
-
-def png(picture: Picture) -> bytes:
-    """(H, W, 3) uint8 RGB -> the bytes of a PNG."""
-    return cv2.imencode(".png", picture[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 6])[1].tobytes()
-
-
-def _draw_head(figure: Figure, runs: Sequence[RunLog]) -> None:
-    """Name and summary of the run, or the legend: a line of text a run in its colour."""
-    from matplotlib.lines import Line2D
-
-    width, height = figure.get_size_inches()
-
-    def write(x: float, y: float, text: str, points: float, color: str) -> None:
-        room = int((width - x - 0.2) * 120 / points)  # characters, about
-        text = text if len(text) <= room else text[: room - 1] + "…"
-        figure.text(x / width, 1 - y / height, text, fontsize=points, color=color,
-                    va="center", parse_math=False)  # fmt: skip
-
-    if len(runs) == 1:
-        write(0.2, 0.28, runs[0].name, 13, "black")
-        write(0.2, 0.56, runs[0].summary, 9.5, "0.3")
-        return
-    names = [run.name for run in runs]
-    for i, run in enumerate(runs):
-        y = 0.3 + 0.24 * i
-        name = run.name if names.count(run.name) == 1 else str(run.folder)
-        line = Line2D([0.2 / width, 0.55 / width], [1 - y / height] * 2, lw=2.2, **_style(i))
-        figure.add_artist(line)
-        write(0.65, y, f"{name}: {run.summary}", 9.5, "black")
+        figure.savefig(buffer)
+    return buffer.getvalue()
 
 
 def _style(index: int) -> dict[str, Any]:
@@ -165,20 +196,11 @@ def _style(index: int) -> dict[str, Any]:
 
 
 def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[RunLog]) -> None:
-    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
-
     bounded = len(runs) == 1 and any(runs[0].curve(key)[1] for key in list(panel.keys)[1:])
     for number, run in enumerate(runs):
         for index, (key, label) in enumerate(panel.keys.items()):
-            if index and not bounded:
-                continue
             steps, values = run.curve(key)
-            if key == "data_wait":
-                values = [100 * value for value in values]
-            if panel.scale == "log":
-                pairs = [(s, v) for s, v in zip(steps, values, strict=True) if v > 0]
-                steps, values = [s for s, _ in pairs], [v for _, v in pairs]
-            if not values:
+            if not values or (index and not bounded):
                 continue
             style = _style(number + index)
             means = exponential_mean(values) if panel.smooth else np.array(values)
@@ -188,15 +210,14 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[RunLog]) -> None:
             else:
                 axes.plot(steps, values, lw=0.8, alpha=0.35 if len(runs) == 1 else 0.2, **style)
                 axes.plot(steps, means, lw=2, label=label, marker=sparse, ms=4, **style)
-    unit = panel.unit
-    if panel.title == "loss" and any("kl" in row for run in runs for row in run.rows):
-        unit = "nats"  # a cross entropy; the other objectives have no unit
+    nats = panel.title == "loss" and any("kl" in row for run in runs for row in run.rows)
     axes.set_title(panel.title, fontsize=10, loc="left", pad=17 if bounded else 6)
     if bounded:
         axes.legend(fontsize=7.5, frameon=False, ncols=4, loc="lower left", borderpad=0,
                     bbox_to_anchor=(0, 1), columnspacing=0.9, handlelength=1.4)  # fmt: skip
     axes.set_xlabel("optimiser step", fontsize=8.5)
-    axes.set_ylabel(unit, fontsize=8.5)
+    # A cross entropy is in nats; the other objectives have no unit.
+    axes.set_ylabel("nats" if nats else panel.unit, fontsize=8.5)
     axes.tick_params(which="both", labelsize=8)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -204,7 +225,7 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[RunLog]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if panel.scale == "log":
-        axes.set_yscale("log")
+        axes.set_yscale("log", nonpositive="mask")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_formatter(NullFormatter())
     elif panel.scale == "from_zero":

@@ -23,31 +23,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-from ssl_flow.data.segmentation import SegmentationSet
-from ssl_flow.evaluation.outcome import Outcome
-from ssl_flow.evaluation.patch_features import (
-    check_classes,
+from ssl_flow.data.segmentation import IGNORE, SegmentationSet
+from ssl_flow.evaluation.metrics import SegmentationScores
+from ssl_flow.evaluation.outcome import Outcome, Settings
+from ssl_flow.evaluation.pixel_features import (
+    check_input,
+    frozen,
     image_features,
-    label_counts,
     resize_map,
     resize_mask,
 )
-from ssl_flow.evaluation.pixel_features import check_features, frozen, require_positive
-from ssl_flow.evaluation.segmentation_scores import SegmentationScores
 from ssl_flow.models.encoder import Encoder
 
 
 @dataclass(frozen=True)
-class DenseKnn:
-    """The protocol; printed with every result and stored beside it."""
+class DenseKnn(Settings):
+    """The protocol; what is published and what is ours is said above."""
 
     name: ClassVar[str] = "dense-knn"
-    version: ClassVar[int] = 1
     features: str = "last"  # last level; or hypercolumn (all, at the finest's stride), stage1, ...
     image_size: int | None = 512  # images are brought to a square of this side; None: as they are
     memory_size: int = 1_024_000  # patch features; the paper has up to 10,240,000
@@ -57,14 +55,6 @@ class DenseKnn:
     search: Literal["torch", "faiss"] = "torch"  # both exact; faiss keeps float32
     batch_images: int = 8  # images per forward pass of the encoder (no influence on the result)
 
-    def __post_init__(self) -> None:
-        """ValueError for a value with which nothing could be found."""
-        require_positive(
-            self, "memory_size", "neighbours", "temperature", "memory_gib", "batch_images"
-        )
-        if self.search not in ("torch", "faiss"):
-            raise ValueError(f"search = {self.search!r}, expected torch or faiss")
-
 
 def run_dense_knn(
     encoder: Encoder,
@@ -72,39 +62,23 @@ def run_dense_knn(
     test_set: SegmentationSet,
     protocol: DenseKnn | None = None,
     seed: int = 0,
-    examples: int = 6,
-    progress: bool = True,
 ) -> Outcome:
-    """Fill the memory from one split, segment another with it; the encoder stays as it is.
+    """Fill the memory from one split, segment another with it; `seed`: of the choice of patches.
 
-    Args:
-        encoder: any with `features`, `channels`, `strides`, `normalize`.
-        train_set: labelled images for the memory.
-        test_set: labelled images to score; the same classes.
-        protocol: `DenseKnn()` by default.
-        seed: of the choice of patches.
-        examples: test images kept in the outcome.
-        progress: show progress bars.
-
-    Raises:
-        ValueError: unknown features, different classes, no labelled patch, features that are not
-            finite or do not fit their stride (names the image).
-        ImportError: search = faiss without faiss.
+    ImportError for search = faiss without faiss.
     """
     protocol = protocol or DenseKnn()
-    check_features(encoder, protocol.features)
-    check_classes(train_set, test_set)
-    if protocol.search == "faiss":
-        _faiss()  # missing: before any long work
-    scores = SegmentationScores(test_set, examples)
+    check_input(encoder, protocol.features, train_set, test_set)
+    index = _faiss_index(1) if protocol.search == "faiss" else None  # missing: before long work
+    scores = SegmentationScores(test_set)
     with frozen(encoder), torch.inference_mode():
-        features, labels = _fill(encoder, train_set, protocol, seed, progress)
-        index = _faiss_index(features) if protocol.search == "faiss" else None
-        found = image_features(
-            encoder, test_set, protocol.features, protocol.image_size, protocol.batch_images
-        )
-        for item, patches, stride in tqdm(
-            found, "test", len(test_set), disable=not progress, leave=False
+        features, labels = _fill(encoder, train_set, protocol, seed)
+        if index is not None:
+            index = _faiss_index(features.shape[1])
+            for part in features.split(65536):
+                index.add(part.float().cpu().numpy())
+        for item, patches, stride in image_features(
+            encoder, test_set, protocol.features, protocol.image_size, protocol.batch_images, "test"
         ):
             queries = F.normalize(patches.flatten(1).T, dim=1)
             if index is None:
@@ -115,26 +89,22 @@ def run_dense_knn(
                 cosine, rows = (torch.from_numpy(x).to(queries.device) for x in result)
             shares = vote(cosine, rows, labels, protocol.temperature)
             probabilities = shares.T.reshape(1, -1, *patches.shape[1:])
-            size = item.image.shape[:2]  # as encoded
-            full = resize_map(probabilities, stride, size, item.mask.shape)
+            full = resize_map(probabilities, stride, item.image.shape[:2], item.mask.shape)
             scores.add(item, full[0].argmax(0).byte().cpu().numpy())
     return scores.outcome(seed=seed, memory=len(features), channels=features.shape[1])
 
 
 def _fill(
-    encoder: Encoder, dataset: SegmentationSet, protocol: DenseKnn, seed: int, progress: bool
+    encoder: Encoder, dataset: SegmentationSet, protocol: DenseKnn, seed: int
 ) -> tuple[Tensor, Tensor]:
     """The memory: unit features (M, C) and shares of the classes (M, K), both float16."""
     generator = torch.Generator().manual_seed(seed)
     features, labels = torch.empty(0), torch.empty(0)
     classes, limit, filled = len(dataset.classes), 0, 0
-    found = image_features(
-        encoder, dataset, protocol.features, protocol.image_size, protocol.batch_images
-    )
-    for item, patches, stride in tqdm(
-        found, "memory", len(dataset), disable=not progress, leave=False
+    for item, patches, stride in image_features(
+        encoder, dataset, protocol.features, protocol.image_size, protocol.batch_images, "memory"
     ):
-        channels, *cells = patches.shape
+        channels, height, width = patches.shape
         if not limit:  # the first image tells the number of channels
             each = (6 if protocol.search == "faiss" else 2) * channels + 2 * classes
             rows = min(protocol.memory_size, int(protocol.memory_gib * 2**30 / each))
@@ -142,9 +112,8 @@ def _fill(
             # What stays unused of this costs address space only (on a GPU: at most memory_gib).
             features = patches.new_empty(limit * len(dataset), channels, dtype=torch.float16)
             labels = patches.new_empty(len(features), classes, dtype=torch.float16)
-        counts = label_counts(
-            resize_mask(item.mask, item.image.shape[:2]), stride, (cells[0], cells[1]), classes
-        )
+        mask = resize_mask(item.mask, item.image.shape[:2])
+        counts = label_counts(mask, stride, (height, width), classes)
         chosen = _choose(counts, limit, generator)
         shares = counts[chosen] / counts[chosen].sum(1, keepdim=True)
         features[filled : filled + len(chosen)] = F.normalize(patches.flatten(1).T[chosen], dim=1)
@@ -153,6 +122,18 @@ def _fill(
     if not filled:
         raise ValueError(f"{dataset.name}: no training patch has a label")
     return features[:filled], labels[:filled]
+
+
+def label_counts(mask: np.ndarray, stride: int, cells: tuple[int, int], classes: int) -> Tensor:
+    """Pixels of each class (h * w, K) int64 in the cells (h, w) of stride x stride of a mask.
+
+    The first cell starts at pixel 0, the last may reach past the (H, W) mask; 255 is not counted.
+    """
+    rows, columns = np.nonzero(mask != IGNORE)
+    cell = rows // stride * cells[1] + columns // stride
+    minimum = cells[0] * cells[1] * classes
+    counts = np.bincount(cell * classes + mask[rows, columns], minlength=minimum)
+    return torch.from_numpy(counts).view(-1, classes)
 
 
 def _choose(counts: Tensor, limit: int, generator: torch.Generator) -> Tensor:
@@ -167,17 +148,10 @@ def _choose(counts: Tensor, limit: int, generator: torch.Generator) -> Tensor:
 def nearest(
     memory: Tensor, queries: Tensor, k: int, rows: int = 32768, block: int = 1024
 ) -> tuple[Tensor, Tensor]:
-    """The k largest inner products of every query with the rows of a memory, exactly.
+    """The k (at most M) largest inner products of queries (Q, C) float32 with a memory (M, C).
 
-    Args:
-        memory: (M, C) of any floating type, usually float16.
-        queries: (Q, C) float32; products are float32 too.
-        k: M are given when there are fewer.
-        rows: of the memory at a time; `rows` x `block` products are held, and `rows` in float32.
-        block: queries at a time.
-
-    Returns:
-        Products (Q, k), largest first, and the rows (Q, k) of the memory that they are with.
+    Exact and in float32, whatever the memory's type; `rows` x `block` products are held at a time.
+    Returns products (Q, k), largest first, and the rows (Q, k) of the memory that they are with.
     """
     found = []
     for some in queries.split(block):
@@ -202,7 +176,7 @@ def vote(cosine: Tensor, rows: Tensor, labels: Tensor, temperature: float) -> Te
     return shares
 
 
-def _faiss() -> Any:  # noqa: ANN401 (a module)
+def _faiss_index(channels: int) -> Any:  # noqa: ANN401 (faiss has no types)
     try:
         import faiss
     except ImportError as error:
@@ -210,11 +184,4 @@ def _faiss() -> Any:  # noqa: ANN401 (a module)
             "search = faiss needs the package faiss-cpu (pip install faiss-cpu); "
             "search = torch needs nothing and finds the same neighbours"
         ) from error
-    return faiss
-
-
-def _faiss_index(features: Tensor) -> Any:  # noqa: ANN401 (faiss has no types)
-    index = _faiss().IndexFlatIP(features.shape[1])
-    for part in features.split(65536):
-        index.add(part.float().cpu().numpy())
-    return index
+    return faiss.IndexFlatIP(channels)

@@ -14,35 +14,33 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ssl_flow.data.segmentation import IGNORE, Labelled, SegmentationSet
-from ssl_flow.evaluation.outcome import Outcome
-from ssl_flow.evaluation.patch_features import check_classes, check_labelled
+from ssl_flow.evaluation.metrics import SegmentationScores
+from ssl_flow.evaluation.outcome import Outcome, Settings
 from ssl_flow.evaluation.pixel_features import (
-    check_shapes,
+    bar,
+    check_input,
     feature_levels,
+    image_levels,
     normalized_batches,
-    require_positive,
-    several_values,
 )
-from ssl_flow.evaluation.segmentation_scores import SegmentationScores
 from ssl_flow.models.encoder import Encoder
 
 
 @dataclass(frozen=True)
-class FineTune:
-    """The protocol; printed with every result and stored beside it."""
+class FineTune(Settings):
+    """The protocol; its settings are ours."""
 
     name: ClassVar[str] = "fine-tune"
-    version: ClassVar[int] = 1
-    decoder: str = "unet"  # or fcn
+    may_be_zero: ClassVar[tuple[str, ...]] = ("encoder_lr", "weight_decay")
+    decoder: Literal["unet", "fcn"] = "unet"
     channels: int = 64  # of the decoder's maps
     steps: int = 500  # optimisation steps
     batch_images: int = 8  # images a step
@@ -51,12 +49,6 @@ class FineTune:
     lr: float = 1e-3  # AdamW's peak learning rate of the decoder, cosine to 0
     encoder_lr: float = 1e-4  # the encoder's
     weight_decay: float = 1e-2  # AdamW's
-
-    def __post_init__(self) -> None:
-        """ValueError for a value with which nothing could be trained."""
-        if self.decoder not in ("fcn", "unet"):
-            raise ValueError(f"unknown decoder {self.decoder!r}; known: fcn, unet")
-        require_positive(self, "channels", "steps", "batch_images", "crop", "lr")
 
 
 class Decoder(nn.Module):
@@ -100,45 +92,32 @@ def run_fine_tune(
     test_set: SegmentationSet,
     protocol: FineTune | None = None,
     seed: int = 0,
-    examples: int = 6,
-    progress: bool = True,
 ) -> Outcome:
-    """Train a copy of the encoder with a decoder, score it; the encoder itself stays as it is.
+    """Train a copy of the encoder with a decoder, score it at full mask resolution.
 
-    Args:
-        encoder: `features`, `channels`, `strides`, `normalize`; its weights are where it starts.
-        train_set: labelled images to train on.
-        test_set: labelled images to score at full resolution; the same classes.
-        protocol: `FineTune()` by default.
-        seed: of the decoder's weights, the images, crops and flips.
-        examples: test images kept in the result as (image, truth, prediction), spread evenly.
-        progress: show progress bars.
-
-    Raises:
-        ValueError: different classes, no labelled pixel to train on, a loss or features that are
-            not finite (both name the images).
+    `seed` is that of the decoder's weights, the images, crops and flips. ValueError also for a loss
+    that is not finite (names the images).
     """
     protocol = protocol or FineTune()
-    check_classes(train_set, test_set)
-    check_labelled(train_set)
-    scores = SegmentationScores(test_set, examples)
+    check_input(encoder, "hypercolumn", train_set, test_set, labelled=True)
+    scores = SegmentationScores(test_set)
     model = copy.deepcopy(encoder).requires_grad_()
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # the decoder's weights, and the encoder's dropout if it has some
         decoder = Decoder(model, len(train_set.classes), protocol)
-        loss = _train(model, decoder, train_set, protocol, seed, progress)
-    _score(model, decoder, test_set, scores, progress)
+        loss = _train(model, decoder, train_set, protocol, seed)
+    model.eval()
+    decoder.eval()
+    with torch.no_grad():  # one image at a time: logits at full resolution are large
+        for item, levels, _ in image_levels(model, bar(test_set, "test"), "hypercolumn", 1):
+            logits = decoder(levels, item.mask.shape)
+            scores.add(item, logits[0].argmax(0).byte().cpu().numpy())
     parameters = sum(p.numel() for m in (model, decoder) for p in m.parameters())
     return scores.outcome(seed=seed, train_images=len(train_set), loss=loss, parameters=parameters)
 
 
 def _train(
-    model: Encoder,
-    decoder: Decoder,
-    dataset: SegmentationSet,
-    protocol: FineTune,
-    seed: int,
-    progress: bool,
+    model: Encoder, decoder: Decoder, dataset: SegmentationSet, protocol: FineTune, seed: int
 ) -> float:
     """Train both in place; the last step's loss."""
     groups = [
@@ -152,17 +131,15 @@ def _train(
     loss = torch.zeros(())
     crops = _crops(dataset, protocol, np.random.default_rng(seed))
     batches = normalized_batches(model, crops, protocol.batch_images)
-    steps = tqdm(range(protocol.steps), desc="fine-tune", disable=not progress, leave=False)
+    steps = bar(range(protocol.steps), "fine-tune")
     for step, (items, images) in zip(steps, batches, strict=False):
         names = [item.name for item in items]
         decoder.to(images.device)
         masks = torch.from_numpy(np.stack([item.mask for item in items])).to(images.device).long()
-        with several_values("a larger crop or more images a step"):
-            levels = model.features(images)
-            check_shapes(levels, model.strides, images, names)
-            logits = decoder(levels, masks.shape[1:])
+        levels, _ = feature_levels(model, images, "hypercolumn", names, finite=False)
+        logits = decoder(levels, masks.shape[1:])
         count = int((masks != IGNORE).sum())  # a batch may have none: its loss is then 0
-        total = F.cross_entropy(logits.float(), masks, ignore_index=IGNORE, reduction="sum")
+        total = F.cross_entropy(logits, masks, ignore_index=IGNORE, reduction="sum")
         loss = total / max(1, count)
         if not loss.isfinite():
             found = f"the loss is {loss.item()} after {step} steps"
@@ -193,23 +170,3 @@ def _crops(
             if protocol.flip and rng.random() < 0.5:
                 image, mask = image[:, ::-1], mask[:, ::-1]
             yield Labelled(image, mask, item.name)
-
-
-@torch.no_grad()
-def _score(
-    model: Encoder,
-    decoder: Decoder,
-    dataset: SegmentationSet,
-    scores: SegmentationScores,
-    progress: bool,
-) -> None:
-    model.eval()
-    decoder.eval()
-    batches = normalized_batches(model, dataset, 1)  # logits at full resolution are large
-    for items, images in tqdm(
-        batches, desc="test", total=len(dataset), disable=not progress, leave=False
-    ):
-        item = items[0]
-        levels, _ = feature_levels(model, images, "hypercolumn", [item.name])
-        logits = decoder(levels, item.mask.shape)
-        scores.add(item, logits[0].argmax(0).byte().cpu().numpy())

@@ -12,7 +12,7 @@ score stays the one over images: of a mean, the ratio of the drawn groups' sums 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,13 +28,10 @@ _CHUNK = 2**20
 class Interval:
     """A score with its uncertainty over test images, and its values over seeds."""
 
-    value: float
-    """The score; with several seeds, the mean of theirs."""
-    low: float
-    """Lower end of the interval over images; nan with fewer than two images."""
+    value: float  # the score; with several seeds, the mean of theirs
+    low: float  # lower end of the interval over images; nan with fewer than two images
     high: float
-    seeds: tuple[float, ...]
-    """The score of each seed."""
+    seeds: tuple[float, ...]  # the score of each seed
 
     @property
     def spread(self) -> float | None:
@@ -54,124 +51,84 @@ def better(a: Interval, b: Interval, larger_is_better: bool = True) -> bool:
 
 
 def interval_of_mean(
-    values: np.ndarray,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-    groups: Sequence[str] | None = None,
+    values: np.ndarray, resamples: int = 2000, seed: int = 0, groups: Sequence[str] | None = None
 ) -> Interval:
-    """Interval of the mean of (N,) values, or of (S, N), the same N images under S seeds.
+    """95 % interval of the mean of (N,) values, or of (S, N), the same N images under S seeds.
 
     Images are drawn for all seeds together, and each draw is averaged over the seeds. `groups`:
-    the name of each image's group, of which all or none are drawn.
-
-    Raises:
-        ValueError: another shape, no images, a value that is not finite, a bad setting.
+    the name of each image's group, of which all or none are drawn. ValueError for another shape,
+    no images, a value that is not finite.
     """
     table = np.atleast_2d(np.asarray(values, np.float64))  # (S, N)
-    if table.ndim != 2 or not table.size:
-        raise ValueError(f"values of shape {np.shape(values)}, expected (N,) or (S, N)")
-    if not np.isfinite(table).all():
-        seed_index, image = np.argwhere(~np.isfinite(table))[0]
-        found = table[seed_index, image]
-        raise ValueError(f"the value of image {image} (seed {seed_index}) is {found}")
-    per_image = table.mean(0)
-    sums, sizes = (_grouped(x, groups) for x in (per_image, np.ones_like(per_image)))
-    draws = [w @ sums / (w @ sizes) for w in _draws(len(sums), 1, resamples, seed)]
-    return _interval(table.mean(1), np.concatenate(draws), len(sums), confidence)
+    if table.ndim != 2 or not table.size or not np.isfinite(table).all():
+        raise ValueError(f"expected finite values (N,) or (S, N), got {np.shape(values)}: {values}")
+    pairs = np.stack([table, np.ones_like(table)], -1)  # sums and sizes
+    return _interval(pairs, lambda s: s[..., 0] / s[..., 1], resamples, seed, groups)
 
 
 def interval_of_miou(
-    counts: np.ndarray | Sequence[np.ndarray],
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-    groups: Sequence[str] | None = None,
+    counts: np.ndarray, resamples: int = 2000, seed: int = 0, groups: Sequence[str] | None = None
 ) -> Interval:
-    """Interval of the mIoU over a set of images.
+    """95 % interval of the mIoU of images with counts (N, 3, K) (`ConfusionMatrix.sums`).
 
-    Args:
-        counts: (N, 3, K) `ConfusionMatrix.sums` of every image; or several such, the same N images
-            under different seeds. As in `ConfusionMatrix.miou`, a class that neither truth nor
-            prediction of a draw has does not count in its mean.
-        confidence: of the interval.
-        resamples: number of draws.
-        seed: of the draws.
-        groups: the name of each image's group, of which all or none are drawn.
-
-    Raises:
-        ValueError: other shapes, no counted pixel at all, a bad setting.
+    Or (S, N, 3, K), the same images under S seeds. As in `ConfusionMatrix.miou`, a class that
+    neither truth nor prediction of a draw has does not count in its mean. ValueError for another
+    shape or no counted pixel at all.
     """
-    sums = [counts] if isinstance(counts, np.ndarray) and counts.ndim == 3 else list(counts)
-    shape = sums[0].shape if sums else ()
-    if len(shape) != 3 or shape[1] != 3 or not shape[0]:
-        raise ValueError(f"counts of shape {shape}, expected (N, 3, K)")
-    if any(s.shape != shape for s in sums):
-        raise ValueError(f"counts of different shapes: {[s.shape for s in sums]}")
-    if not all(s.any() for s in sums):
-        raise ValueError("no pixel is counted: every label is ignored")
-    sums = [_grouped(s.astype(np.float64), groups) for s in sums]
-    units, _, classes = sums[0].shape
-    draws = [  # one of images without any counted pixel is nan, left out of the interval
-        np.mean([miou_of(np.tensordot(w, s, 1)) for s in sums], axis=0)
-        for w in _draws(units, 3 * classes, resamples, seed)
-    ]
-    scores = np.array([miou_of(s.sum(0)) for s in sums])
-    return _interval(scores, np.concatenate(draws), units, confidence)
+    table = np.asarray(counts, np.float64)
+    table = table[None] if table.ndim == 3 else table
+    if table.ndim != 4 or table.shape[2] != 3 or not table.any((1, 2, 3)).all():
+        raise ValueError(
+            f"counts of shape {table.shape}, expected (S, N, 3, K) with counted pixels"
+        )
+    return _interval(table, miou_of, resamples, seed, groups)
 
 
 def interval_of_outcomes(
-    outcomes: Sequence[Outcome],
-    score: str,
-    resamples: int = 2000,
-    seed: int = 0,
-    groups: Sequence[str] | None = None,
+    outcomes: Sequence[Outcome], score: str, groups: Sequence[str] | None = None
 ) -> Interval:
     """95 % interval of one score of one encoder, from its outcomes under one or several seeds.
 
     `values[score]` is used where the score is a mean over images, `counts` for `miou`; `groups`
-    (of `items`): see `interval_of_mean`.
-
-    Raises:
-        ValueError: outcomes on different images, or with neither values nor counts of this score.
+    (of `items`): see `interval_of_mean`. ValueError for outcomes on different images, or with
+    neither values nor counts of this score.
     """
     if not outcomes or any(o.items != outcomes[0].items for o in outcomes):
         raise ValueError("the outcomes are none, or not of the same images in the same order")
     if all(score in o.values for o in outcomes):
-        values = np.stack([o.values[score] for o in outcomes])
-        return interval_of_mean(values, resamples=resamples, seed=seed, groups=groups)
+        return interval_of_mean(np.stack([o.values[score] for o in outcomes]), groups=groups)
     counts = [o.counts for o in outcomes if o.counts is not None]
     if score != "miou" or len(counts) != len(outcomes):
-        known = [*outcomes[0].values, *(["miou"] if outcomes[0].counts is not None else [])]
-        raise ValueError(f"no values per image of {score!r}; known: {', '.join(known) or 'none'}")
-    return interval_of_miou(counts, resamples=resamples, seed=seed, groups=groups)
+        raise ValueError(f"no values per image of {score!r}")
+    return interval_of_miou(np.stack(counts), groups=groups)
 
 
-def _grouped(values: np.ndarray, groups: Sequence[str] | None) -> np.ndarray:
-    """(N, ...) -> (G, ...), the sum over each group."""
-    if groups is None:
-        return values
-    _, index = np.unique(groups, return_inverse=True)
-    sums = np.zeros((index.max() + 1, *values.shape[1:]))
-    np.add.at(sums, index, values)
-    return sums
+def _interval(
+    table: np.ndarray,
+    score: Callable[[np.ndarray], np.ndarray],
+    resamples: int,
+    seed: int,
+    groups: Sequence[str] | None,
+) -> Interval:
+    """The score of what is summed over the N images of (S, N, ...), averaged over S."""
+    if groups is not None:
+        members = (np.unique(groups)[:, None] == np.asarray(groups)).astype(np.float64)  # (G, N)
+        table = np.stack([np.tensordot(members, s, 1) for s in table])
+    units, width = table.shape[1], table[0, 0].size
+    draws = [  # one of images without any counted pixel is nan, left out of the interval
+        np.mean([score(np.tensordot(w, s, 1)) for s in table], axis=0)
+        for w in _draws(units, width, resamples, seed)
+    ]
+    scores = [float(score(s.sum(0))) for s in table]
+    ends = np.nanquantile(np.concatenate(draws), [0.025, 0.975]) if units > 1 else [np.nan, np.nan]
+    return Interval(float(np.mean(scores)), float(ends[0]), float(ends[1]), tuple(scores))
 
 
 def _draws(images: int, width: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """(draws, images) how often each image is drawn; in parts, so that memory is bounded."""
-    if resamples < 1:
-        raise ValueError(f"resamples = {resamples}, expected 1 or more")
     rng, step = np.random.default_rng(seed), max(1, _CHUNK // max(images, width))
     for start in range(0, resamples, step):
         rows = min(step, resamples - start)
         drawn = rng.integers(0, images, (rows, images)) + np.arange(rows)[:, None] * images
         counts = np.bincount(drawn.ravel(), minlength=rows * images)
         yield counts.reshape(rows, images).astype(np.float64)
-
-
-def _interval(scores: np.ndarray, draws: np.ndarray, images: int, confidence: float) -> Interval:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence = {confidence}, expected between 0 and 1")
-    tail = (1 - confidence) / 2
-    low, high = np.nanquantile(draws, [tail, 1 - tail]) if images > 1 else (np.nan, np.nan)
-    return Interval(float(scores.mean()), float(low), float(high), tuple(map(float, scores)))

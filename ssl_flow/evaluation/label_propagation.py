@@ -22,19 +22,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from ssl_flow.data.davis import Video
 from ssl_flow.data.labelled import Labelled
-from ssl_flow.evaluation.outcome import Outcome
-from ssl_flow.evaluation.pixel_features import (
-    check_features,
-    feature_levels,
-    frozen,
-    normalized_batches,
-    require_positive,
-    spread,
-)
+from ssl_flow.evaluation.metrics import EXAMPLES
+from ssl_flow.evaluation.outcome import Outcome, Settings
+from ssl_flow.evaluation.pixel_features import bar, check_features, frozen, image_levels, spread
 from ssl_flow.evaluation.video_metrics import davis_summary, sequence_scores
 from ssl_flow.models.encoder import Encoder
 
@@ -42,11 +35,11 @@ _TILE = 16  # side of the squares of cells that are looked up at once; no influe
 
 
 @dataclass(frozen=True)
-class LabelPropagation:
+class LabelPropagation(Settings):
     """The protocol; all but `features` are the published settings."""
 
     name: ClassVar[str] = "label-propagation"
-    version: ClassVar[int] = 1
+    may_be_zero: ClassVar[tuple[str, ...]] = ("previous", "radius")
     # embedding, or stage1, stage2, ...; None: the last map of the coarsest stride up to 8, or of
     # the finest stride where all are coarser: a ViT's last layer, a ResNet's map of stride 8.
     features: str | None = None
@@ -56,37 +49,18 @@ class LabelPropagation:
     radius: int = 12  # cells to each side in which they are looked for
     temperature: float = 0.1  # of the softmax over their cosine similarities
 
-    def __post_init__(self) -> None:
-        """ValueError for a value with which nothing could be propagated."""
-        require_positive(self, "short_side", "neighbours", "temperature")
-        for key in ("previous", "radius"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"{key} = {getattr(self, key)}, expected 0 or more")
-
 
 def run_label_propagation(
-    encoder: Encoder,
-    videos: Sequence[Video],
-    protocol: LabelPropagation | None = None,
-    examples: int = 6,
-    progress: bool = True,
+    encoder: Encoder, videos: Sequence[Video], protocol: LabelPropagation | None = None
 ) -> Outcome:
     """Propagate the first mask of every video and score the others; nothing is random.
 
-    Args:
-        encoder: frozen; `features`, `embed`, `channels`, `strides`, `normalize`.
-        videos: sequences with their masks; only the first mask of each is shown.
-        protocol: `LabelPropagation()` by default.
-        examples: sequences whose last frame is kept as (image, truth, prediction).
-        progress: show a progress bar.
-
-    Returns:
-        DAVIS's scores at the masks' resolution; `values` and `items` are those of the objects,
-        over which DAVIS takes the mean.
+    Scores are DAVIS's at the masks' resolution; `values` and `items` are those of the objects, over
+    which DAVIS takes the mean; the examples are the last frames of some sequences.
 
     Raises:
-        ValueError: unknown features, features that are not finite (names the frame), a video of
-            fewer than 3 frames (the first is given, the last is not scored), none at all.
+        ValueError: a video of fewer than 3 frames (the first is given, the last is not scored),
+            none at all, and as all protocols do.
     """
     protocol = protocol or LabelPropagation()
     features = protocol.features or _default_features(encoder)
@@ -98,9 +72,9 @@ def run_label_propagation(
         raise ValueError(f"no video of 3 frames to propagate along: {short or 'no video at all'}")
     start = time.perf_counter()
     scored, items, kept = [], [], []
-    wanted = spread(len(videos), examples)
+    wanted = spread(len(videos), EXAMPLES)
     with frozen(encoder):
-        for index, video in enumerate(tqdm(videos, desc="videos", disable=not progress)):
+        for index, video in enumerate(bar(videos, "videos")):
             image, truth, prediction = _propagate_video(encoder, video, features, protocol)
             scored.append(sequence_scores(prediction, truth, video.objects))
             items += [f"{video.name}/object {i + 1}" for i in range(video.objects)]
@@ -156,25 +130,22 @@ def _map(
     long = max(64, int(short * max(height, width) / min(height, width) / 64) * 64)
     size = (long, short) if height > width else (short, long)
     resized = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
-    _, images = next(normalized_batches(encoder, [Labelled(resized, resized, name)], 1))
-    levels, strides = feature_levels(encoder, images, features, [name])
+    item = Labelled(resized, resized, name)
+    _, levels, strides = next(image_levels(encoder, [item], features))
     return F.normalize(levels[0][0], dim=0), strides[0], size
 
 
 def propagate(query: Tensor, keys: Tensor, labels: Tensor, protocol: LabelPropagation) -> Tensor:
-    """Soft labels of a frame's cells from those of its context.
+    """Soft labels (K, h, w) of a frame's cells from those of its context.
 
-    Args:
-        query: (C, h, w), unit length over C.
-        keys: (n, C, h, w) of the n frames of context, unit length.
-        labels: (n, K, h, w), theirs.
-        protocol: neighbours over all n frames together, radius in cells, temperature.
-
-    Returns:
-        (K, h, w) mean of the neighbours' labels with weights softmax(cosine / temperature).
+    Features (C, h, w) of the frame and (n, C, h, w) of the n frames of context have unit length
+    over C, labels are (n, K, h, w). The mean of the neighbours' labels, over all n frames together,
+    with weights softmax(cosine / temperature).
     """
     (height, width), radius = query.shape[1:], protocol.radius
     result = labels.new_empty(labels.shape[1:])
+    axes = (torch.arange(side, device=query.device) for side in (height, width))
+    cells = torch.stack(torch.meshgrid(*axes, indexing="ij"))  # (2, h, w)
     for top in range(0, height, _TILE):
         for left in range(0, width, _TILE):
             tile = slice(top, top + _TILE), slice(left, left + _TILE)
@@ -183,7 +154,8 @@ def propagate(query: Tensor, keys: Tensor, labels: Tensor, protocol: LabelPropag
             found = keys[:, :, near[0], near[1]].flatten(2)  # (n, C, s)
             known = labels[:, :, near[0], near[1]].movedim(1, -1).flatten(0, 2)  # (n * s, K)
             similarity = torch.einsum("cq,ncs->qns", asked, found)
-            far = (_cells(query, tile)[:, None] - _cells(query, near)).abs().amax(-1) > radius
+            here, there = (cells[:, s[0], s[1]].flatten(1) for s in (tile, near))
+            far = (here[:, :, None] - there[:, None]).abs().amax(0) > radius
             similarity = similarity.masked_fill(far[:, None], -torch.inf).flatten(1)
             best, index = similarity.topk(min(protocol.neighbours, similarity.shape[1]), dim=1)
             weight = (best / protocol.temperature).softmax(1)  # (q, neighbours)
@@ -191,15 +163,6 @@ def propagate(query: Tensor, keys: Tensor, labels: Tensor, protocol: LabelPropag
             target = result[:, tile[0], tile[1]]
             target.copy_(soft.view_as(target))
     return result
-
-
-def _cells(like: Tensor, window: tuple[slice, ...]) -> Tensor:
-    """(N, 2) row and column of the cells of a window of a map (C, h, w), in reading order."""
-    rows, columns = (
-        torch.arange(*s.indices(n), device=like.device)
-        for s, n in zip(window, like.shape[1:], strict=True)
-    )
-    return torch.cartesian_prod(rows, columns)
 
 
 def _full_resolution(

@@ -12,6 +12,7 @@ logits are upsampled and summed: the same function, and no hypercolumn of every 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -19,29 +20,27 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from ssl_flow.data.segmentation import IGNORE, SegmentationSet
-from ssl_flow.evaluation.feature_cache import FeatureCache, cache_features, level_batches
-from ssl_flow.evaluation.outcome import Outcome
-from ssl_flow.evaluation.patch_features import check_classes, check_labelled
+from ssl_flow.evaluation.feature_cache import cache_features, cached_levels
+from ssl_flow.evaluation.metrics import SegmentationScores
+from ssl_flow.evaluation.outcome import Outcome, Settings
 from ssl_flow.evaluation.pixel_features import (
-    check_features,
+    bar,
+    check_input,
     frozen,
     project_levels,
-    require_positive,
     sample_levels,
 )
-from ssl_flow.evaluation.segmentation_scores import SegmentationScores
 from ssl_flow.models.encoder import Encoder
 
 
 @dataclass(frozen=True)
-class LinearProbe:
-    """The protocol; printed with every result and stored beside it."""
+class LinearProbe(Settings):
+    """The protocol; its settings are ours."""
 
     name: ClassVar[str] = "linear-probe"
-    version: ClassVar[int] = 1
+    may_be_zero: ClassVar[tuple[str, ...]] = ("weight_decay",)
     features: str = "hypercolumn"  # all levels; or embedding, or stage1 (finest), stage2, ...
     pixels_per_image: int = 1024  # labelled pixels drawn uniformly from each training image
     cache_gib: float = 1.0  # memory for their float16 features; when short, fewer are drawn
@@ -51,12 +50,6 @@ class LinearProbe:
     weight_decay: float = 1e-3  # AdamW's
     batch_images: int = 8  # images per forward pass of the encoder (no influence on the result)
 
-    def __post_init__(self) -> None:
-        """ValueError for a value with which nothing could be fitted."""
-        require_positive(
-            self, "pixels_per_image", "cache_gib", "batch_pixels", "steps", "lr", "batch_images"
-        )
-
 
 def run_linear_probe(
     encoder: Encoder,
@@ -64,49 +57,31 @@ def run_linear_probe(
     test_set: SegmentationSet,
     protocol: LinearProbe | None = None,
     seed: int = 0,
-    examples: int = 6,
-    progress: bool = True,
     cache: str | Path | None = None,
 ) -> Outcome:
-    """Train the probe on one split, score it on another; the encoder stays as it is.
+    """Train the probe on one split, score it on another (`outcome.py` has what all protocols do).
 
-    Args:
-        encoder: `features`, `embed`, `channels`, `normalization` as `ssl_flow.load_encoder` gives.
-        train_set: labelled images for the classifier.
-        test_set: labelled images to score; the same classes.
-        protocol: `LinearProbe()` by default.
-        seed: of the pixel sample and the batches.
-        examples: test images kept in the result as (image, truth, prediction), spread evenly.
-        progress: show progress bars.
-        cache: folder in which the features of both splits are kept as float16 (`cache_features`),
-            so that the next probe of this encoder computes none; by default nothing is kept.
-
-    Raises:
-        ValueError: unknown features, different classes, non-finite features (names the image).
+    `seed` is that of the pixel sample and the batches. In a folder `cache` the features of both
+    splits are kept as float16 (`cache_features`), so that the next probe of this encoder computes
+    none; by default nothing is kept.
     """
     protocol = protocol or LinearProbe()
-    check_features(encoder, protocol.features)
-    check_classes(train_set, test_set)
-    check_labelled(train_set)
-    scores = SegmentationScores(test_set, examples)
+    check_input(encoder, protocol.features, train_set, test_set, labelled=True)
+    scores = SegmentationScores(test_set)
     generator = torch.Generator().manual_seed(seed)
-    train_cache, test_cache = (
-        cache_features(encoder, s, cache, protocol.features, protocol.batch_images, progress)
+    train_files, test_files = (
+        cache_features(encoder, s, cache, protocol.features, protocol.batch_images)
         if cache
         else None
         for s in (train_set, test_set)
     )
     with frozen(encoder):
-        features, labels, used = _collect(
-            encoder, train_set, protocol, generator, progress, train_cache
-        )
-        weight, bias, accuracy = _fit(
-            features, labels, len(train_set.classes), protocol, generator, progress
-        )
+        features, labels, used = _collect(encoder, train_set, protocol, generator, train_files)
+        weight, bias, right = _fit(features, labels, len(train_set.classes), protocol, generator)
         del features
-        _score(encoder, test_set, weight, bias, protocol, scores, progress, test_cache)
+        _score(encoder, test_set, weight, bias, protocol, scores, test_files)
     return scores.outcome(
-        seed=seed, train_accuracy=accuracy, pixels_per_image=used, channels=weight.shape[1]
+        seed=seed, train_accuracy=right, pixels_per_image=used, channels=weight.shape[1]
     )
 
 
@@ -115,8 +90,7 @@ def _collect(
     dataset: SegmentationSet,
     protocol: LinearProbe,
     generator: torch.Generator,
-    progress: bool,
-    cache: FeatureCache | None,
+    files: Sequence[Path] | None,
 ) -> tuple[Tensor, Tensor, int]:
     """Features (N, C) float16 and labels (N,) of the sampled pixels, and the pixels per image.
 
@@ -124,32 +98,28 @@ def _collect(
     """
     features, labels, slots = torch.empty(0), torch.empty(0), torch.empty(0)
     limit, filled = 0, 0
-    with tqdm(total=len(dataset), desc="train features", disable=not progress, leave=False) as bar:
-        for items, levels, strides in level_batches(
-            encoder, dataset, protocol.features, protocol.batch_images, cache
-        ):
-            if not limit:  # the first image tells the number of channels
-                channels = sum(level.shape[1] for level in levels)
-                affordable = int(protocol.cache_gib * 2**30 / (2 * channels * len(dataset)))
-                limit = max(1, min(protocol.pixels_per_image, affordable))
-                features = torch.empty(
-                    limit * len(dataset), channels, dtype=torch.float16, device=levels[0].device
-                )
-                labels = torch.full([len(features)], -1, device=levels[0].device)
-                slots = torch.randperm(len(features), generator=generator).to(labels)
-            for i, item in enumerate(items):
-                mask = torch.from_numpy(item.mask)
-                rows, columns = (mask != IGNORE).nonzero(as_tuple=True)
-                chosen = torch.randperm(len(rows), generator=generator)[:limit]
-                rows, columns = rows[chosen], columns[chosen]
-                sampled = sample_levels([x[i] for x in levels], strides, rows, columns).half()
-                if not sampled.isfinite().all():
-                    raise ValueError(f"features of {item.name} exceed float16's range (65504)")
-                slot = slots[filled : filled + len(rows)]
-                features[slot] = sampled
-                labels[slot] = mask[rows, columns].to(labels)
-                filled += len(rows)
-            bar.update(len(items))
+    for item, levels, strides in cached_levels(
+        encoder, dataset, protocol.features, protocol.batch_images, files, "train features"
+    ):
+        if not limit:  # the first image tells the number of channels
+            channels = sum(level.shape[1] for level in levels)
+            affordable = int(protocol.cache_gib * 2**30 / (2 * channels * len(dataset)))
+            limit = max(1, min(protocol.pixels_per_image, affordable))
+            size, device = (limit * len(dataset), channels), levels[0].device
+            features = torch.empty(size, dtype=torch.float16, device=device)
+            labels = torch.full([len(features)], -1, device=device)
+            slots = torch.randperm(len(features), generator=generator).to(labels)
+        mask = torch.from_numpy(item.mask)
+        rows, columns = (mask != IGNORE).nonzero(as_tuple=True)
+        chosen = torch.randperm(len(rows), generator=generator)[:limit]
+        rows, columns = rows[chosen], columns[chosen]
+        sampled = sample_levels([x[0] for x in levels], strides, rows, columns).half()
+        if not sampled.isfinite().all():
+            raise ValueError(f"features of {item.name} exceed float16's range (65504)")
+        slot = slots[filled : filled + len(rows)]
+        features[slot] = sampled
+        labels[slot] = mask[rows, columns].to(labels)
+        filled += len(rows)
     if filled < len(features):  # some image has fewer labelled pixels than the limit
         features, labels = features[labels >= 0], labels[labels >= 0]
     return features, labels, limit
@@ -162,7 +132,6 @@ def _fit(
     classes: int,
     protocol: LinearProbe,
     generator: torch.Generator,
-    progress: bool,
 ) -> tuple[Tensor, Tensor, float]:
     """BatchNorm + linear layer, folded into one weight (K, C) and bias (K,); training accuracy.
 
@@ -173,11 +142,10 @@ def _fit(
     scale, mean = _standardize(features)
     weight = torch.zeros(classes, features.shape[1], device=features.device, requires_grad=True)
     bias = torch.zeros(classes, device=features.device, requires_grad=True)
-    optimizer = torch.optim.AdamW(
-        [weight, bias], lr=protocol.lr, weight_decay=protocol.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, protocol.steps))
-    for _ in tqdm(range(protocol.steps), desc="fit", disable=not progress, leave=False):
+    both = [weight, bias]
+    optimizer = torch.optim.AdamW(both, lr=protocol.lr, weight_decay=protocol.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, protocol.steps)
+    for _ in bar(range(protocol.steps), "fit"):
         start = int(torch.randint(max(1, len(features) - size + 1), (), generator=generator))
         x, y = features[start : start + size].float(), labels[start : start + size]
         loss = F.cross_entropy(F.linear(x, weight, bias), y)
@@ -216,15 +184,10 @@ def _score(
     bias: Tensor,
     protocol: LinearProbe,
     scores: SegmentationScores,
-    progress: bool,
-    cache: FeatureCache | None,
+    files: Sequence[Path] | None,
 ) -> None:
-    with tqdm(total=len(dataset), desc="test", disable=not progress, leave=False) as bar:
-        for items, levels, strides in level_batches(
-            encoder, dataset, protocol.features, protocol.batch_images, cache
-        ):
-            for i, item in enumerate(items):  # one at a time: all logits at once would be large
-                own = [level[i : i + 1] for level in levels]
-                logits = project_levels(own, strides, weight, bias, item.mask.shape)
-                scores.add(item, logits[0].argmax(0).byte().cpu().numpy())
-            bar.update(len(items))
+    for item, levels, strides in cached_levels(
+        encoder, dataset, protocol.features, protocol.batch_images, files, "test"
+    ):
+        logits = project_levels(levels, strides, weight, bias, item.mask.shape)
+        scores.add(item, logits[0].argmax(0).byte().cpu().numpy())

@@ -29,16 +29,16 @@ from torch import Tensor, nn
 
 from ssl_flow.data.segmentation import IGNORE, Labelled
 from ssl_flow.evaluation.linear_probe_plain import Classify
-from ssl_flow.evaluation.patch_features import resize_image, resize_mask
-from ssl_flow.evaluation.pixel_features import neighbours, require_positive
+from ssl_flow.evaluation.outcome import Settings
+from ssl_flow.evaluation.pixel_features import neighbours, resize_image, resize_mask
 
 
 @dataclass(frozen=True)
-class BnProbe:
-    """The protocol; printed with every result and stored beside it."""
+class BnProbe(Settings):
+    """The protocol, as published."""
 
     name: ClassVar[str] = "linear-probe-bn"
-    version: ClassVar[int] = 1
+    may_be_zero: ClassVar[tuple[str, ...]] = ("weight_decay", "warmup_steps", "dropout", "flip")
     ignored_count: ClassVar[bool] = True  # in the denominator of the loss's mean
     features: str = "last"  # or hypercolumn, embedding, stage1, ...
     steps: int = 40_000  # optimisation steps
@@ -55,36 +55,25 @@ class BnProbe:
     forward_images: int = 4  # images per forward pass of the encoder (no influence on the result)
 
     def __post_init__(self) -> None:
-        """ValueError for a value with which nothing could be fitted."""
-        require_positive(
-            self, "steps", "batch_images", "lr", "input_size", "stride", "forward_images"
-        )
-        if not 0 <= self.warmup_steps < self.steps:
-            raise ValueError(
-                f"warmup_steps = {self.warmup_steps} of steps = {self.steps}: shorten both"
-            )
+        """ValueError also for settings that do not go together."""
+        super().__post_init__()
+        if self.warmup_steps >= self.steps:
+            found = f"warmup_steps = {self.warmup_steps} of steps = {self.steps}"
+            raise ValueError(f"{found}: shorten both")
         if self.stride > self.input_size:
             raise ValueError(f"stride = {self.stride} leaves gaps between windows of input_size")
-
-    @property
-    def target_size(self) -> int:
-        """Side of the mask that the loss sees."""
-        return self.input_size
 
     def total_steps(self, images: int) -> int:
         """Of the training, for a set of so many images."""
         return self.steps
 
-    def head(self, channels: int, classes: int) -> nn.Conv2d:
-        """The classifier (B, C, h, w) -> (B, K, h, w)."""
-        convolution = nn.Conv2d(channels, classes, 1)
+    def layers(self, channels: list[int], classes: int) -> tuple[nn.Conv2d, list[nn.Module]]:
+        """The classifier of all levels, and what each goes through before."""
+        convolution = nn.Conv2d(sum(channels), classes, 1)
         nn.init.normal_(convolution.weight, std=0.01)
         nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
-        return convolution
-
-    def before(self, channels: int) -> nn.Module:
-        """What a level goes through before the classifier."""
-        return nn.Sequential(nn.Dropout2d(self.dropout), nn.BatchNorm2d(channels))
+        drop = nn.Dropout2d(self.dropout)
+        return convolution, [nn.Sequential(drop, nn.BatchNorm2d(c)) for c in channels]
 
     def optimizer(self, head: nn.Module) -> torch.optim.Optimizer:
         """AdamW."""
@@ -168,26 +157,21 @@ def distort_colors(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     comes after brightness or last, by chance.
     """
 
-    def linear(values: np.ndarray, scale: float, shift: float) -> np.ndarray:
-        changed: np.ndarray = np.clip(values.astype(np.float32) * scale + shift, 0, 255)
-        return changed.astype(np.uint8)
-
-    def by_torchvision(values: np.ndarray, how: str, amount: float) -> np.ndarray:
-        pixels = torch.from_numpy(values.copy()).permute(2, 0, 1)
-        changed: np.ndarray = getattr(V, f"adjust_{how}_image")(pixels, amount).numpy()
-        return changed.transpose(1, 2, 0)
+    def linear(scale: float, shift: float) -> Tensor:
+        return (pixels.double() * scale + shift).clamp(0, 255).byte()
 
     brightness, contrast, saturation, hue, early = rng.integers(0, 2, 5).astype(bool)
     shift, turn = rng.uniform(-32, 32), rng.uniform(-0.5, 0.5)
     factor, color = rng.uniform(0.5, 1.5, 2)
+    pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)
     if brightness:
-        image = linear(image, 1, shift)
+        pixels = linear(1, shift)
     if contrast and early:
-        image = linear(image, factor, 0)
+        pixels = linear(factor, 0)
     if saturation:
-        image = by_torchvision(image, "saturation", color)
+        pixels = V.adjust_saturation_image(pixels, color)
     if hue:
-        image = by_torchvision(image, "hue", turn)
+        pixels = V.adjust_hue_image(pixels, turn)
     if contrast and not early:
-        image = linear(image, factor, 0)
-    return image
+        pixels = linear(factor, 0)
+    return pixels.permute(1, 2, 0).numpy()

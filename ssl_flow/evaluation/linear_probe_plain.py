@@ -24,19 +24,19 @@ import torch
 from torch import Tensor, nn
 
 from ssl_flow.data.segmentation import Labelled
-from ssl_flow.evaluation.patch_features import resize_image, resize_mask, shrink_mask
-from ssl_flow.evaluation.pixel_features import require_positive
+from ssl_flow.evaluation.outcome import Settings
+from ssl_flow.evaluation.pixel_features import resize_image, resize_mask, shrink_mask
 
 Classify = Callable[[np.ndarray, tuple[int, int]], Tensor]
 """(H, W, 3) uint8 and (H', W') -> logits (1, K, H', W') of that image."""
 
 
 @dataclass(frozen=True)
-class PlainProbe:
-    """The protocol; printed with every result and stored beside it."""
+class PlainProbe(Settings):
+    """The protocol, as published."""
 
     name: ClassVar[str] = "linear-probe-plain"
-    version: ClassVar[int] = 1
+    may_be_zero: ClassVar[tuple[str, ...]] = ("momentum", "weight_decay", "flip")
     ignored_count: ClassVar[bool] = False  # the loss's mean is over labelled pixels
     features: str = "last"  # or hypercolumn, embedding, stage1, ...
     epochs: int = 25
@@ -52,28 +52,17 @@ class PlainProbe:
     flip: float = 0.5
     forward_images: int = 8  # images per forward pass of the encoder (no influence on the result)
 
-    def __post_init__(self) -> None:
-        """ValueError for a value with which nothing could be fitted."""
-        require_positive(self, "epochs", "drop_epoch", "batch_images", "lr", "input_size",
-                         "target_size", "forward_images")  # fmt: skip
-
     def total_steps(self, images: int) -> int:
         """Of the training, for a set of so many images."""
         return self.epochs * max(1, images // self.batch_images)
 
-    def head(self, channels: int, classes: int) -> nn.Conv2d:
-        """The classifier (B, C, h, w) -> (B, K, h, w)."""
-        return nn.Conv2d(channels, classes, 1)
-
-    def before(self, channels: int) -> nn.Module:
-        """What a level goes through before the classifier."""
-        return nn.Identity()
+    def layers(self, channels: list[int], classes: int) -> tuple[nn.Conv2d, list[nn.Module]]:
+        """The classifier of all levels, and what each goes through before."""
+        return nn.Conv2d(sum(channels), classes, 1), [nn.Identity() for _ in channels]
 
     def optimizer(self, head: nn.Module) -> torch.optim.Optimizer:
         """SGD with momentum."""
-        return torch.optim.SGD(
-            head.parameters(), self.lr, momentum=self.momentum, weight_decay=self.weight_decay
-        )
+        return torch.optim.SGD(head.parameters(), self.lr, self.momentum, 0, self.weight_decay)
 
     def learning_rate(self, step: int, images: int) -> float:
         """At a step from 0."""
@@ -83,10 +72,12 @@ class PlainProbe:
     def augment(
         self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """A training example: image and mask of input_size on both sides."""
+        """A training example: image of input_size and mask of target_size on both sides."""
         window, size = self._crop(mask.shape, rng), (self.input_size, self.input_size)
         image, mask = resize_image(image[window], size), resize_mask(mask[window], size)
-        return (image[:, ::-1], mask[:, ::-1]) if rng.random() < self.flip else (image, mask)
+        if rng.random() < self.flip:
+            image, mask = image[:, ::-1], mask[:, ::-1]
+        return image, shrink_mask(mask, self.target_size)
 
     def _crop(self, size: tuple[int, ...], rng: np.random.Generator) -> tuple[slice, slice]:
         """As torchvision's RandomResizedCrop: area uniform, ratio log-uniform, 10 draws."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -25,8 +25,8 @@ from ssl_flow.data.georeference import great_circle
 from ssl_flow.data.sphere import around, tile_blocks
 from ssl_flow.data.tiles import NO_LAND, TileMap
 from ssl_flow.evaluation.metrics import effective_rank
-from ssl_flow.evaluation.outcome import Outcome
-from ssl_flow.evaluation.pixel_features import estimate_batchnorm, frozen, require_positive
+from ssl_flow.evaluation.outcome import Outcome, Settings
+from ssl_flow.evaluation.pixel_features import estimate_batchnorm, frozen
 from ssl_flow.models import create_tile_encoder, load_tile_encoder
 from ssl_flow.models.encoder import device_of
 from ssl_flow.models.folder import read_folder
@@ -35,20 +35,15 @@ _BANDS = ((1, 4), (4, 16), (16, np.inf))  # of the distance to a negative, in si
 
 
 @dataclass(frozen=True)
-class Loc2Vec:
+class Loc2Vec(Settings):
     """The protocol; all of it is ours."""
 
     name: ClassVar[str] = "loc2vec"
-    version: ClassVar[int] = 1
     metres: float = 200  # side of a tile on the ground, as the encoder was trained
     pixels: int = 64  # side of a tile, likewise
     train_tiles: int = 3000
     test_tiles: int = 1500
     neighbours: int = 20  # that vote, by Euclidean distance, all alike
-
-    def __post_init__(self) -> None:
-        """ValueError for a value with which nothing could be judged."""
-        require_positive(self, *(f.name for f in fields(self)))
 
 
 class Judged(NamedTuple):
@@ -122,9 +117,7 @@ def embed_tiles(encoder: nn.Module, tiles: np.ndarray, size: int = 256) -> np.nd
     return torch.cat(parts).numpy()
 
 
-def run_loc2vec(
-    encoder: nn.Module, tile_map: TileMap, protocol: Loc2Vec, progress: bool = False
-) -> Outcome:
+def run_loc2vec(encoder: nn.Module, tile_map: TileMap, protocol: Loc2Vec | None = None) -> Outcome:
     """Judge an encoder of tiles (`load_judged`); everything but the encoder is the same for all.
 
     Scores: `knn_LABEL` and `linear_LABEL`, shares of the tiles whose main class is found (k nearest
@@ -145,7 +138,7 @@ def run_loc2vec(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    start = time.perf_counter()
+    start, protocol = time.perf_counter(), protocol or Loc2Vec()
     check_tile(encoder, protocol)
     train, test, again = judged_tiles(tile_map, protocol)
     estimate_untrained(encoder, train.tiles)

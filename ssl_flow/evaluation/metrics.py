@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from ssl_flow.data.segmentation import IGNORE, Labelled, SegmentationSet
+from ssl_flow.evaluation.outcome import Outcome
+from ssl_flow.evaluation.pixel_features import resize_image, spread
+
+EXAMPLES = 6  # test images that an outcome keeps
 
 
 class ConfusionMatrix:
@@ -20,22 +29,16 @@ class ConfusionMatrix:
     ([0.5, 0.5], 0.5, 0.667)
     """
 
-    def __init__(self, num_classes: int, ignore_index: int = 255) -> None:
-        """Start from zero counts; pixels whose target is `ignore_index` are never counted."""
-        self.ignore_index = ignore_index
+    def __init__(self, num_classes: int) -> None:
+        """Start from zero counts; pixels whose target is 255 are never counted."""
         self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)  # (true, predicted)
 
     def update(self, prediction: np.ndarray | Tensor, target: np.ndarray | Tensor) -> None:
-        """Add integer arrays of one same shape.
-
-        Raises:
-            ValueError: shapes differ, or a counted index is outside 0..num_classes-1.
-        """
+        """Add integer arrays; ValueError if shapes differ or an index is not 0..num_classes-1."""
         if tuple(prediction.shape) != tuple(target.shape):
             raise ValueError(f"prediction {prediction.shape} and target {target.shape} differ")
         predicted, true = (torch.as_tensor(x).flatten().long().cpu() for x in (prediction, target))
-        counted = true != self.ignore_index
-        predicted, true = predicted[counted], true[counted]
+        predicted, true = predicted[true != IGNORE], true[true != IGNORE]
         classes = len(self.counts)
         for what, index in (("prediction", predicted), ("target", true)):
             low, high = (int(index.min()), int(index.max())) if len(index) else (0, 0)
@@ -87,3 +90,44 @@ def effective_rank(points: Tensor) -> float:
     spectrum = torch.linalg.eigvalsh(points.T @ points).clamp(min=0).sqrt()
     share = spectrum / spectrum.sum().clamp(min=1e-12)
     return float(torch.exp(-torch.xlogy(share, share).sum()))
+
+
+class SegmentationScores:
+    """What is right of each image of a set, and a few images to look at; the clock runs.
+
+    >>> scores = SegmentationScores(test_set)
+    >>> scores.add(item, prediction)
+    >>> outcome = scores.outcome(seed=0)
+    """
+
+    def __init__(self, dataset: SegmentationSet) -> None:
+        """The set whose images will be added in its order."""
+        self._dataset, self._start = dataset, time.perf_counter()
+        self._wanted = spread(len(dataset), EXAMPLES)
+        self._counts: list[np.ndarray] = []
+        self._items: list[str] = []
+        self._examples: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+
+    def add(self, item: Labelled, prediction: np.ndarray, mask: np.ndarray | None = None) -> None:
+        """Score the next image: (H, W) classes against its mask, or against one of another size."""
+        mask = item.mask if mask is None else mask
+        matrix = ConfusionMatrix(len(self._dataset.classes))
+        matrix.update(prediction, mask)
+        if len(self._items) in self._wanted:
+            image = resize_image(item.image, prediction.shape)
+            self._examples.append((image, mask, prediction.astype(np.uint8)))
+        self._counts.append(matrix.sums())
+        self._items.append(item.name)
+
+    def outcome(self, **details: Any) -> Outcome:  # noqa: ANN401 (whatever JSON holds)
+        """mIoU and pixel accuracy over all pixels of the set; ValueError if all are ignored."""
+        counts = np.stack(self._counts)
+        right, true, _ = total = counts.sum(0)
+        if not true.any():
+            raise ValueError(f"{self._dataset.name}: no pixel to score has a label")
+        accuracy = float(right.sum() / true.sum())
+        scores = {"miou": float(miou_of(total)), "pixel_accuracy": accuracy}
+        iou = [None if np.isnan(v) else float(v) for v in iou_of(total)]
+        per_class = dict(zip(self._dataset.classes, iou, strict=True))
+        details["seconds"] = round(time.perf_counter() - self._start, 1)
+        return Outcome(scores, counts, {}, self._items, per_class, details, self._examples)

@@ -1,13 +1,16 @@
-"""Segmentations (image | truth | prediction) and feature maps as pictures."""
+"""Segmentations and feature maps as pictures, beside each other, as data URIs."""
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
+
+Tile = tuple[int, int]  # height, width
 
 
 def palette(classes: int) -> np.ndarray:
@@ -27,24 +30,46 @@ def palette(classes: int) -> np.ndarray:
 def prediction_strips(
     examples: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], classes: int, height: int = 180
 ) -> np.ndarray:
-    """One row an example: image, truth, prediction; ignored pixels are pale in both.
-
-    Args:
-        examples: (image (H, W, 3) uint8, truth (H, W), prediction (H, W)), any sizes.
-        classes: number of classes.
-        height: of a row in pixels.
+    """One row an example (H, W, 3), (H, W), (H, W): image, truth, prediction; ignored is pale.
 
     Returns:
-        (len * height, W, 3) uint8.
+        (len * height, W, 3) uint8; sizes are fitted into that of the first image.
     """
-    colors, strips = palette(classes), []
-    for image, truth, prediction in examples:
-        shown = np.where(truth == 255, 255, prediction)
-        strip = np.concatenate([image, colors[truth], colors[shown]], axis=1)
-        width = round(strip.shape[1] * height / strip.shape[0])
-        strips.append(cv2.resize(strip, (width, height), interpolation=cv2.INTER_AREA))
-    widest = max(s.shape[1] for s in strips)
-    return np.concatenate([np.pad(s, ((0, 0), (0, widest - s.shape[1]), (0, 0))) for s in strips])
+    colors, tile = palette(classes), tile_of(examples[0][0], height)
+    rows = [
+        strip([image, colors[truth], colors[np.where(truth == 255, 255, found)]], tile)
+        for image, truth, found in examples
+    ]
+    return np.concatenate(rows)
+
+
+def tile_of(image: np.ndarray, height: int = 150) -> Tile:
+    """The size of an image brought to a height."""
+    return height, round(height * image.shape[1] / image.shape[0])
+
+
+def strip(pictures: Sequence[np.ndarray], tile: Tile, nearest: bool = False) -> np.ndarray:
+    """Pictures beside each other with a white gap, each fitted into one size: (H, W, 3) uint8."""
+    height, width = tile
+    gap = np.full((height, 4, 3), 255, np.uint8)
+    parts = []
+    for picture in pictures:
+        scale = min(height / picture.shape[0], width / picture.shape[1])
+        size = (round(picture.shape[1] * scale), round(picture.shape[0] * scale))
+        how = cv2.INTER_NEAREST if nearest else cv2.INTER_AREA
+        fitted = np.full((height, width, 3), 255, np.uint8)
+        fitted[: size[1], : size[0]] = cv2.resize(picture, size, interpolation=how)
+        parts += [fitted, gap]
+    return np.concatenate(parts[:-1], axis=1)
+
+
+def data_uri(picture: np.ndarray | bytes, flat: bool = False) -> str:
+    """A picture (PNG bytes, or RGB, stored as PNG if it has few flat colours, else as JPEG)."""
+    kind = "png" if flat or isinstance(picture, bytes) else "jpeg"
+    if not isinstance(picture, bytes):
+        options = [] if flat else [cv2.IMWRITE_JPEG_QUALITY, 88]
+        picture = cv2.imencode(f".{kind}", picture[..., ::-1], options)[1].tobytes()
+    return f"data:image/{kind};base64," + base64.b64encode(picture).decode()
 
 
 def pca_rgb(embedding: Tensor) -> np.ndarray:

@@ -1,8 +1,9 @@
-"""Features of a frozen encoder at the pixels of an image, and linear maps of them.
+"""Features of a frozen encoder at the pixels and cells of images, and linear maps of them.
 
-A level of stride s is a map whose cells cover s x s pixels each, the first one starting at pixel 0;
-it is read bilinearly (`align_corners=False`, border padding) at full image resolution. The levels
-together are the hypercolumn of a pixel (Hariharan et al., CVPR 2015).
+A level of stride s is a map whose cells cover s x s pixels each, the first one starting at pixel 0
+and the last ones perhaps reaching past the image; it is read bilinearly (`align_corners=False`,
+border padding) at full resolution. The levels together are the hypercolumn of a pixel (Hariharan et
+al., CVPR 2015).
 """
 
 from __future__ import annotations
@@ -10,19 +11,28 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from ssl_flow.data.segmentation import Labelled, SegmentationSet
+from ssl_flow.data.classification import ClassificationSet
+from ssl_flow.data.segmentation import IGNORE, Labelled, SegmentationSet
 from ssl_flow.models.encoder import EMBEDDING_STRIDE, Encoder, device_of
+from ssl_flow.models.head import to_stride
+
+LabelledSet = SegmentationSet | ClassificationSet
+bar = partial(tqdm, leave=False, disable=None)
+"""A progress bar; none where stderr is no terminal."""
 
 
 @contextmanager
-def frozen(encoder: Encoder) -> Iterator[None]:
+def frozen(encoder: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients inside; every module is back in its own mode afterwards."""
     modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()
@@ -34,27 +44,9 @@ def frozen(encoder: Encoder) -> Iterator[None]:
             module.training = mode
 
 
-def require_positive(settings: object, *names: str) -> None:
-    """ValueError unless these attributes are more than 0."""
-    for name in names:
-        if not getattr(settings, name) > 0:
-            raise ValueError(f"{name} = {getattr(settings, name)}, expected more than 0")
-
-
 def spread(length: int, count: int) -> list[int]:
     """At most `count` indices of a sequence, evenly spread from the first to the last."""
     return [int(i) for i in np.linspace(0, length - 1, min(count, length))]
-
-
-@contextmanager
-def several_values(mend: str) -> Iterator[None]:
-    """Say how to mend it where BatchNorm has one value a channel only, of which it can train."""
-    try:
-        yield
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise ValueError(f"BatchNorm cannot train on a single value: use {mend}") from error
 
 
 def check_features(encoder: Encoder, name: str) -> None:
@@ -64,6 +56,22 @@ def check_features(encoder: Encoder, name: str) -> None:
         known.append("embedding")
     if name not in known:
         raise ValueError(f"this encoder has no features {name!r}; it has {', '.join(known)}")
+
+
+def check_input(
+    encoder: Encoder,
+    features: str,
+    train_set: LabelledSet,
+    test_set: LabelledSet,
+    labelled: bool = False,
+) -> None:
+    """`check_features`; ValueError unless classes agree and, if asked, a training pixel has one."""
+    check_features(encoder, features)
+    if list(train_set.classes) != list(test_set.classes):
+        raise ValueError(f"classes differ: train {train_set.classes}, test {test_set.classes}")
+    masks = (item.mask for item in train_set) if isinstance(train_set, SegmentationSet) else ()
+    if labelled and all((mask == IGNORE).all() for mask in masks):
+        raise ValueError(f"{train_set.name}: no training pixel has a label")
 
 
 def estimate_batchnorm(encoder: Encoder, images: Iterable[Tensor]) -> int:
@@ -124,71 +132,113 @@ def normalized_batches(
     encoder: Encoder, dataset: Iterable[Labelled], size: int
 ) -> Iterator[tuple[list[Labelled], Tensor]]:
     """Batches of consecutive images of equal size: the images, and (B, 3, H, W) for the encoder."""
-    device = device_of(encoder)
 
-    def batch(items: list[Labelled]) -> tuple[list[Labelled], Tensor]:
-        pixels = torch.from_numpy(np.stack([item.image for item in items])).to(
-            device
-        )  # (B, H, W, 3)
+    def batch() -> tuple[list[Labelled], Tensor]:
+        pixels = torch.from_numpy(np.stack([item.image for item in items])).to(device_of(encoder))
         # channels_last is the fast layout for convolutions
         return items, encoder.normalize(pixels).contiguous(memory_format=torch.channels_last)
 
     items: list[Labelled] = []
     for item in dataset:
         if items and (len(items) == size or item.image.shape != items[0].image.shape):
-            yield batch(items)
+            yield batch()
             items = []
         items.append(item)
     if items:
-        yield batch(items)
+        yield batch()
 
 
 def feature_levels(
-    encoder: Encoder, images: Tensor, features: str, names: Sequence[str]
+    encoder: Encoder, images: Tensor, features: str, names: Sequence[str], finite: bool = True
 ) -> tuple[list[Tensor], list[int]]:
     """Features of (B, 3, H, W) images: maps (B, C_i, H_i, W_i) in float32, and their strides.
 
     Raises:
-        ValueError: a map that does not fit its stride, features that are not finite (`names` says
-            of which image).
+        ValueError: a map that does not fit its stride; unless `finite` is off, features that are
+            not finite. `names` says of which image.
     """
-    strides = feature_strides(encoder, features)
-    found = [encoder.embed(images)] if features == "embedding" else encoder.features(images)
-    if features not in ("embedding", "hypercolumn"):
-        found = [found[_stage(features)]]
+    embedding, strides = features == "embedding", feature_strides(encoder, features)
+    found = [encoder.embed(images)] if embedding else encoder.features(images)[_stages(features)]
     levels = [level.float() for level in found]
-    check_shapes(levels, strides, images, names)
-    check_finite(levels, names)
+    for level, stride in zip(levels, strides, strict=True):
+        expected = tuple(math.ceil(side / stride) for side in images.shape[-2:])
+        if tuple(level.shape[-2:]) != expected:
+            raise ValueError(
+                f"{names[0]}: the encoder's map has {tuple(level.shape[-2:])} cells, but stride "
+                f"{stride} and an image of {tuple(images.shape[-2:])} mean {expected}"
+            )
+    for index, name in enumerate(names if finite else ()):
+        # The largest magnitude, NaN if there is one: several times as fast as isfinite().all().
+        if not all(torch.linalg.vector_norm(x[index], math.inf).isfinite() for x in levels):
+            raise ValueError(f"the encoder's features of {name} are not finite")
     return levels, strides
+
+
+def image_levels(
+    encoder: Encoder, images: Iterable[Labelled], features: str, batch: int = 8
+) -> Iterator[tuple[Labelled, list[Tensor], list[int]]]:
+    """Every image with its maps (1, C_i, H_i, W_i) and strides, as of `feature_levels`.
+
+    `batch` images of equal size go through the encoder at a time (no influence on the result).
+    """
+    for items, pixels in normalized_batches(encoder, images, batch):
+        names = [item.name for item in items]
+        levels, strides = feature_levels(encoder, pixels, features, names)
+        for i, item in enumerate(items):
+            yield item, [level[i : i + 1] for level in levels], strides
 
 
 def feature_strides(encoder: Encoder, features: str) -> list[int]:
     """The strides of the levels that `feature_levels` gives."""
-    if features == "embedding":
-        return [EMBEDDING_STRIDE]
-    if features == "hypercolumn":
-        return encoder.strides
-    return [encoder.strides[_stage(features)]]
+    return [EMBEDDING_STRIDE] if features == "embedding" else encoder.strides[_stages(features)]
 
 
-def _stage(features: str) -> int:
-    return -1 if features == "last" else int(features.removeprefix("stage")) - 1
+def _stages(features: str) -> slice:
+    if features in ("hypercolumn", "last"):
+        return slice(None if features == "hypercolumn" else -1, None)
+    stage = int(features.removeprefix("stage"))
+    return slice(stage - 1, stage)
+
+
+@torch.no_grad()
+def image_features(
+    encoder: Encoder,
+    dataset: SegmentationSet,
+    features: str,
+    size: int | None = None,
+    batch: int = 8,
+    what: str = "features",
+) -> Iterator[tuple[Labelled, Tensor, int]]:
+    """Every item of a set with its features, image by image; ValueError as of `feature_levels`.
+
+    Images are brought to a square of side `size`, if given, and encoded `batch` at a time (no
+    influence on the result). Of a hypercolumn the coarser levels are brought to the finest one
+    bilinearly and concatenated, one image at a time. `what` is the progress bar's text.
+
+    Yields:
+        The item (its image as it was encoded, its mask as on the disk); its map
+        (C, ceil(H/s), ceil(W/s)) in float32; the stride s.
+    """
+    resized = (
+        item if size is None else item._replace(image=resize_image(item.image, (size, size)))
+        for item in bar(dataset, what)
+    )
+    for item, levels, strides in image_levels(encoder, resized, features, batch):
+        rows, columns = levels[0].shape[-2:]
+        same = [
+            to_stride(level, stride, strides[0])[0, :, :rows, :columns]
+            for level, stride in zip(levels, strides, strict=True)
+        ]
+        yield item, torch.cat(same), strides[0]
 
 
 def sample_levels(
     levels: list[Tensor], strides: list[int], rows: Tensor, columns: Tensor
 ) -> Tensor:
-    """Hypercolumns at pixels of the full image.
+    """Hypercolumns (N, sum C_i) at pixels (N,), (N,) of the full image.
 
-    Args:
-        levels: maps (C_i, H_i, W_i), float32 or float16. A cell covers s_i x s_i pixels, the
-            first one starts at 0.
-        strides: s_i. A map may reach past the image (270 rows: 9 cells of 32).
-        rows: (N,) pixel rows.
-        columns: (N,) pixel columns.
-
-    Returns:
-        (N, sum C_i), bilinear with border padding as in `F.interpolate(..., align_corners=False)`.
+    The maps (C_i, H_i, W_i) of strides s_i are float32 or float16, read as by
+    `F.interpolate(..., align_corners=False)`.
     """
     sampled = []
     for level, stride in zip(levels, strides, strict=True):
@@ -198,12 +248,9 @@ def sample_levels(
             neighbours(pixels.to(level.device), stride, count)
             for pixels, count in ((rows, height), (columns, width))
         )
-        corners = [
-            cells[y[i] * width + x[j]].float() * (v[i] * u[j])[:, None]
-            for i in (0, 1)
-            for j in (0, 1)
-        ]
-        sampled.append(torch.stack(corners).sum(0))
+        corners = ((i, j) for i in (0, 1) for j in (0, 1))
+        read = [cells[y[i] * width + x[j]].float() * (v[i] * u[j])[:, None] for i, j in corners]
+        sampled.append(torch.stack(read).sum(0))
     return torch.cat(sampled, dim=1)
 
 
@@ -218,17 +265,9 @@ def neighbours(pixels: Tensor, stride: float, count: int) -> tuple[list[Tensor],
 def project_levels(
     levels: list[Tensor], strides: list[int], weight: Tensor, bias: Tensor, size: tuple[int, int]
 ) -> Tensor:
-    """A 1x1 convolution of the hypercolumn at full resolution, level by level.
+    """A 1x1 convolution (K, sum C_i), (K,) of the hypercolumn at full resolution, level by level.
 
-    Args:
-        levels: maps (B, C_i, H_i, W_i) of images of `size`.
-        strides: theirs.
-        weight: (K, sum C_i).
-        bias: (K,).
-        size: (H, W) of the images.
-
-    Returns:
-        (B, K, H, W) logits.
+    Maps (B, C_i, H_i, W_i) of images of `size` (H, W) -> (B, K, H, W) logits.
     """
     logits = bias.view(1, -1, 1, 1).repeat(len(levels[0]), 1, *size)
     parts = weight.split([level.shape[1] for level in levels], dim=1)
@@ -240,22 +279,41 @@ def project_levels(
     return logits
 
 
-def check_shapes(
-    levels: list[Tensor], strides: list[int], images: Tensor, names: Sequence[str]
-) -> None:
-    """ValueError unless the maps of (B, 3, H, W) images have ceil(H/s) x ceil(W/s) cells."""
-    for level, stride in zip(levels, strides, strict=True):
-        expected = tuple(math.ceil(side / stride) for side in images.shape[-2:])
-        if tuple(level.shape[-2:]) != expected:
-            raise ValueError(
-                f"{names[0]}: the encoder's map has {tuple(level.shape[-2:])} cells, but stride "
-                f"{stride} and an image of {tuple(images.shape[-2:])} mean {expected}"
-            )
+def resize_map(
+    maps: Tensor, stride: int, image_size: tuple[int, int], size: tuple[int, int]
+) -> Tensor:
+    """Read a map (B, C, h, w) bilinearly at the pixels of its image brought to another size.
+
+    `image_size` (H, W) is that of the image that was encoded. Returns (B, C, *size); where
+    h * stride = H the same as `F.interpolate(maps, size, mode="bilinear")`.
+    """
+    if all(n * stride == side for n, side in zip(maps.shape[-2:], image_size, strict=True)):
+        return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+    axes = []
+    for n, side, wanted in zip(maps.shape[-2:], image_size, size, strict=True):
+        pixels = (torch.arange(wanted, device=maps.device) + 0.5) * (side / wanted)
+        axes.append((pixels / (n * stride) * 2 - 1).to(maps.dtype))
+    rows, columns = torch.meshgrid(*axes, indexing="ij")
+    grid = torch.stack([columns, rows], -1).expand(len(maps), -1, -1, -1)
+    return F.grid_sample(maps, grid, padding_mode="border", align_corners=False)
 
 
-def check_finite(levels: list[Tensor], names: Sequence[str]) -> None:
-    """ValueError with the image's name when the maps of B images have NaN or infinity."""
-    for index, name in enumerate(names):
-        # The largest magnitude, NaN if there is one: several times as fast as isfinite().all().
-        if not all(torch.linalg.vector_norm(x[index], math.inf).isfinite() for x in levels):
-            raise ValueError(f"the encoder's features of {name} are not finite")
+def resize_image(
+    image: np.ndarray, size: tuple[int, ...], how: Image.Resampling = Image.Resampling.BILINEAR
+) -> np.ndarray:
+    """(H, W, ...) uint8 -> (*size, ...), by default bilinear with antialiasing."""
+    if image.shape[:2] == size:
+        return image
+    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), how))
+
+
+def resize_mask(mask: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """(H, W) uint8 class indices -> (H', W'), nearest."""
+    return resize_image(mask, size, Image.Resampling.NEAREST)
+
+
+def shrink_mask(mask: np.ndarray, size: int) -> np.ndarray:
+    """(H, W) class indices -> (size, size): pixel floor(i H / size), as PyTorch's `nearest`."""
+    rows, columns = (np.arange(size) * side // size for side in mask.shape)
+    small: np.ndarray = mask[rows[:, None], columns]
+    return small

@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tyro
 
-from ssl_flow.data.classification import ClassificationSet, open_classification
+from ssl_flow.data.classification import open_classification
 from ssl_flow.data.davis import open_videos
 from ssl_flow.data.flow_pairs import open_flow_pairs
 from ssl_flow.data.open_map import open_map_spec
@@ -22,28 +22,26 @@ from ssl_flow.evaluation.classification import Classification, run_classificatio
 from ssl_flow.evaluation.clustering import Clustering, run_clustering
 from ssl_flow.evaluation.correspondence import Correspondence, run_correspondence
 from ssl_flow.evaluation.dense_knn import DenseKnn, run_dense_knn
+from ssl_flow.evaluation.feature_cache import data_digest
 from ssl_flow.evaluation.fine_tune import FineTune, run_fine_tune
 from ssl_flow.evaluation.label_propagation import LabelPropagation, run_label_propagation
 from ssl_flow.evaluation.linear_probe import LinearProbe, run_linear_probe
 from ssl_flow.evaluation.linear_probe_bn import BnProbe
 from ssl_flow.evaluation.linear_probe_plain import PlainProbe
 from ssl_flow.evaluation.loc2vec import Loc2Vec, run_loc2vec
-from ssl_flow.evaluation.outcome import Outcome
+from ssl_flow.evaluation.outcome import Outcome, Settings
 from ssl_flow.evaluation.segmentation_head import run_segmentation_head
+from ssl_flow.models import Encoder
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A protocol of the suite."""
 
-    settings: type[Any]
+    settings: type[Settings]
     run: Callable[..., Outcome]
-    kind: str = "segmentation"
-    """Of the data: segmentation, videos, images, pairs, maps."""
-    seeded: bool = True
-    """Whether something in it is drawn. If not, one run says it all, but for random encoders."""
-    cached: bool = False
-    """Whether it can keep its features on the disk."""
+    kind: str = "segmentation"  # of the data: or videos, images, pairs, maps
+    seeded: bool = True  # something in it is drawn; else one run says it all of one encoder
+    cached: bool = False  # it can keep its features on the disk
 
 
 PROTOCOLS = {
@@ -77,15 +75,11 @@ class Data:
     spec: str
     name: str
     kind: str
-    sets: tuple[Any, ...]
-    """What the protocols of this kind take after the encoder."""
-    shown: SegmentationSet
-    """The images that are scored, for pictures; a mask of zeros where there is none."""
-    seen: SegmentationSet
-    """The images that give a random encoder its BatchNorm statistics."""
+    sets: tuple[Any, ...]  # what the protocols of this kind take after the encoder
+    shown: SegmentationSet  # the images that are scored; a mask of zeros where there is none
+    seen: SegmentationSet  # the images that give a random encoder its BatchNorm statistics
     about: dict[str, Any]
-    unit: str
-    """Over what intervals are taken: images, sequences, pairs, blocks of a map."""
+    unit: str  # over what intervals are taken: images, sequences, pairs, blocks of a map
     digest: str
 
     def unit_of(self, item: str) -> str:
@@ -102,67 +96,66 @@ def fits(kind: str, spec: str) -> bool:
 
 
 def open_data(kind: str, spec: str) -> Data:
-    """Open and check a labelled set.
-
-    Raises:
-        ValueError, FileNotFoundError: as its adapter says.
-    """
+    """Open and check a labelled set; ValueError, FileNotFoundError as its adapter says."""
+    sets: tuple[Any, ...]
     if kind == "segmentation":
-        train, test = open_segmentation(spec, "train"), open_segmentation(spec, "test")
+        sets = seen, shown = open_segmentation(spec, "train"), open_segmentation(spec, "test")
         unit = "sequences" if spec.startswith("davis:") else "images"
-        about = {"classes": test.classes, "train": train.protocol, "test": test.protocol}
-        files = [p for part in (train, test) for p in (*part.files, *part.mask_files)]
-        return _data(spec, kind, (train, test), test, train, about, unit, files)
-    if kind == "videos":
-        videos = open_videos(spec)
+        about = {"classes": shown.classes, "train": seen.protocol, "test": shown.protocol}
+    elif kind == "videos":
+        videos, unit = open_videos(spec), "sequences"
         frames = [(video, i) for video in videos.videos for i in range(len(video))]
-        files = [path for video, i in frames for path in video.files[i][1:]]
-        names = [video.files[i].name for video, i in frames]
-        shown = _images(videos.name, names, lambda k: frames[k][0][frames[k][1]][:2])
-        about = {"test": videos.protocol}
-        return _data(spec, kind, (videos.videos,), shown, shown, about, "sequences", files)
-    if kind == "images":
-        sets = open_classification(spec, "train"), open_classification(spec, "test")
-        seen, shown = (_images(s.name, s.names, partial(_image_of, s)) for s in sets)
-        about = {"train": sets[0].protocol, "test": sets[1].protocol}
-        files = [*sets[0].files, *sets[1].files]
-        return _data(spec, kind, sets, shown, seen, about, "images", files)
-    if kind == "maps":
-        tile_map = open_map_spec(spec)
-        none = _images(tile_map.path.name, [], lambda k: ())
+        names = [video.names[i] for video, i in frames]
+        files = [path for video in videos.videos for path in (*video.files, *video.mask_files)]
+        load = lambda k: frames[k][0][frames[k][1]][:2]  # noqa: E731
+        seen = shown = SegmentationSet(videos.name, [], names, load, files=files)
+        sets, about = (videos.videos,), {"test": videos.protocol}
+    elif kind == "images":
+        train, test = sets = open_classification(spec, "train"), open_classification(spec, "test")
+        seen, shown = (
+            SegmentationSet(s.name, [], s.names, partial(_unlabelled, s), files=s.files)
+            for s in sets
+        )
+        unit, about = "images", {"train": train.protocol, "test": test.protocol}
+    elif kind == "maps":
+        tile_map, unit = open_map_spec(spec), "blocks"
         files = [p for p in sorted(tile_map.path.rglob("*")) if p.is_file()] or [tile_map.path]
-        about = {"channels": tile_map.channels, "test": {"rule": "blocks of 8 x 8 tiles, 30 %, "
-                 "less a strip of 2 tiles at their borders; train: the other blocks"}}  # fmt: skip
-        return _data(spec, kind, (tile_map,), none, none, about, "blocks", files)
-    pairs = open_flow_pairs(spec)
-    shown = _images(pairs.name, pairs.names, lambda k: pairs[k][:1])
-    return _data(spec, kind, (pairs,), shown, shown, {"test": pairs.protocol}, "pairs", [])
+        seen = shown = SegmentationSet(
+            tile_map.path.name, tile_map.channels, [], lambda _: (), files=files
+        )
+        rule = "blocks of 8 x 8 tiles, 30 %, less a strip of 2 tiles; train: the other blocks"
+        sets, about = (tile_map,), {"channels": tile_map.channels, "test": {"rule": rule}}
+    else:
+        pairs, unit = open_flow_pairs(spec), "pairs"
+        load = partial(_unlabelled, pairs)
+        seen = shown = SegmentationSet(pairs.name, [], pairs.names, load, pairs.protocol)
+        sets, about = (pairs,), {"test": pairs.protocol}
+    # Reads some images, which also says what is wrong with them before any work.
+    parts = [kind, shown.classes, *(data_digest(part, masks=True) for part in (seen, shown))]
+    digest = hashlib.sha256(repr(parts).encode()).hexdigest()
+    return Data(spec, shown.name, kind, sets, shown, seen, about, unit, digest)
+
+
+def _unlabelled(dataset: Any, index: int) -> tuple[np.ndarray, np.ndarray]:  # noqa: ANN401
+    """The (first) image of an item, and zeros for a mask."""
+    image: np.ndarray = dataset[index][0]
+    return image, np.zeros(image.shape[:2], np.uint8)
 
 
 def run_protocol(
-    settings: Any,  # noqa: ANN401 (a protocol's dataclass)
-    encoder: Any,  # noqa: ANN401
-    data: Data,
-    seed: int,
-    cache: Path | None = None,
-    progress: bool = False,
+    settings: Settings, encoder: Encoder, data: Data, seed: int, cache: Path | None = None
 ) -> Outcome:
     """Run one protocol on one encoder; `cache` is a folder for features, where it keeps any."""
     entry = PROTOCOLS[settings.name]
     options: dict[str, Any] = {"seed": seed} if entry.seeded else {}
-    if data.kind in ("segmentation", "videos"):
-        options["examples"] = 6
-    if entry.cached:
-        options["cache"] = cache
-    return entry.run(encoder, *data.sets, protocol=settings, progress=progress, **options)
+    options |= {"cache": cache} if entry.cached else {}
+    return entry.run(encoder, *data.sets, protocol=settings, **options)
 
 
-def parse_settings(protocols: Sequence[str], changes: Sequence[str]) -> dict[str, Any]:
+def parse_settings(protocols: Sequence[str], changes: Sequence[str]) -> dict[str, Settings]:
     """Protocol -> its settings, with changes such as `dense-knn.neighbours=20`.
 
-    Raises:
-        ValueError: an unknown protocol or setting.
-        SystemExit: a value that does not fit, told by the parser.
+    ValueError for an unknown protocol or setting; SystemExit by the parser for a wrong value.
     """
     flags: dict[str, list[str]] = {name: [] for name in protocols}
     for unknown in [name for name in protocols if name not in PROTOCOLS]:
@@ -180,45 +173,3 @@ def parse_settings(protocols: Sequence[str], changes: Sequence[str]) -> dict[str
         name: tyro.cli(PROTOCOLS[name].settings, args=words, prog=f"--set {name}")
         for name, words in flags.items()
     }
-
-
-def describe(settings: Any) -> dict[str, Any]:  # noqa: ANN401
-    """A protocol's name, version and all its settings, for JSON."""
-    return {"name": settings.name, "version": settings.version, **asdict(settings)}
-
-
-def _images(name: str, names: list[str], load: Callable[[int], Any]) -> SegmentationSet:
-    """Images as a labelled set; the mask is zero where `load` gives none."""
-
-    def labelled(index: int) -> tuple[np.ndarray, np.ndarray]:
-        image, *mask = load(index)
-        return image, mask[0] if mask else np.zeros(image.shape[:2], np.uint8)
-
-    return SegmentationSet(name, [], names, labelled)
-
-
-def _image_of(dataset: ClassificationSet, index: int) -> tuple[np.ndarray]:
-    return (dataset[index].image,)
-
-
-def _data(
-    spec: str,
-    kind: str,
-    sets: tuple[Any, ...],
-    shown: SegmentationSet,
-    seen: SegmentationSet,
-    about: dict[str, Any],
-    unit: str,
-    files: Sequence[Path],
-) -> Data:
-    """The set with its digest: names, sizes and times of files, pixels where there are no files."""
-    digest = hashlib.sha256(
-        repr((kind, seen.names, shown.names, shown.classes, about.get("channels"))).encode()
-    )
-    for file in files:
-        status = Path(file).stat()
-        digest.update(f"{Path(file).name} {status.st_size} {status.st_mtime_ns} ".encode())
-    for index in sorted({0, len(shown) // 2, len(shown) - 1} if len(shown) else ()):
-        item = shown[index]  # also says what is wrong with it before any work
-        digest.update(item.image.tobytes() + item.mask.tobytes())
-    return Data(spec, shown.name, kind, sets, shown, seen, about, unit, digest.hexdigest())

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tyro
 from jinja2 import Environment
 
-from ssl_flow.evaluation.curves import Picture, draw_curves, drawable_panels, png
-from ssl_flow.evaluation.run_log import RunLog, is_number, read_run
+from ssl_flow.evaluation.curves import (
+    RunLog,
+    draw_curves,
+    drawable_panels,
+    is_number,
+    read_run,
+)
+from ssl_flow.evaluation.pictures import data_uri
 from ssl_flow.flow.shard import write_atomically
 
 _PAGE = """<!doctype html>
@@ -29,8 +33,7 @@ td { text-align: right } td:first-child, th { text-align: left }
 div, pre { overflow-x: auto } pre { background: #8882; padding: .7em 1em } code { font-size: .9em }
 img { max-width: 100% }
 .config td { text-align: left; overflow-wrap: anywhere }
-.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20em, 100%), 1fr)) }
-@media (prefers-color-scheme: dark) { .curves img { filter: invert(.93) hue-rotate(180deg) } }
+@media (prefers-color-scheme: dark) { .curves { filter: invert(.93) hue-rotate(180deg) } }
 </style></head><body>
 <h1>{{ log.name }}</h1>
 <p>{{ log.summary }}</p>
@@ -39,29 +42,33 @@ img { max-width: 100% }
 <h2>Linear probe</h2>
 {% if rows %}
 <div><table><tr><th>encoder</th><th>mIoU</th><th>pixel accuracy</th><th>runs</th></tr>
-{% for row in rows %}<tr><td>{{ row.name }}</td><td><b>{{ row.miou }}</b></td>
-<td>{{ row.accuracy }}</td><td>{{ row.runs }}</td></tr>
+{% for name, row in rows.items() %}<tr><td>{{ name }}</td>
+<td><b>{{ row.miou | cell }}{% if row.miou_std %} ± {{ row.miou_std | cell }}{% endif %}</b></td>
+<td>{{ row.pixel_accuracy | cell }}</td><td>{{ (row.runs or [0]) | length }}</td></tr>
 {% endfor %}</table></div>
-<p>{{ protocol }}</p>
+<p>Over the whole test split; ± is the standard deviation over runs.
+{% for key, done in (("train_data", "Trained"), ("data", "Scored")) if probe[key] %}
+{{ done }} on {{ probe[key].spec }}, {{ probe[key].images }} images ({{ probe[key].rule }}).
+{% endfor %}Protocol:
+{% for key, value in probe.protocol.items() %}{{ key }} {{ value }}{{ ", " if not loop.last }}
+{%- endfor %}.</p>
 <details><summary>Intersection over union of each class</summary><div><table>
-<tr><th>class</th>{% for row in rows %}<th>{{ row.name }}</th>{% endfor %}</tr>
-{% for name, cells in classes.items() %}<tr><td>{{ name }}</td>
-{%- for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
+<tr><th>class</th>{% for name in rows %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for name in (rows.values() | first).per_class %}<tr><td>{{ name }}</td>
+{%- for row in rows.values() %}<td>{{ row.per_class[name] | cell }}</td>{% endfor %}</tr>
 {% endfor %}</table></div></details>
 {% else %}<p>No probe in results.json.</p>{% endif %}
 <h2>Training</h2>
-{% if curves %}<div class="curves">
-{% for name, picture in curves %}<img alt="{{ name }} against the step" src="{{ picture }}">
-{% endfor %}</div>
+{% if curves %}<img class="curves" alt="metrics against the step" src="{{ curves }}">
 <p>Thin: as logged, of one batch. Bold: exponential mean. A constant embedding has learned nothing;
 a cross entropy cannot fall below the entropy of its target.</p>
-{% else %}<p>{{ no_curves }}</p>{% endif %}
+{% else %}<p>No numbers in metrics.jsonl.</p>{% endif %}
 {% if pictures %}<h2>Pictures</h2>{% endif %}
 {% for name, picture in pictures %}<p>{{ name | capitalize }}</p>
 <div><img alt="{{ name }}" src="{{ picture }}"></div>
 {% endfor %}
 <h2>Use the encoder</h2>
-{% if call %}<pre><code>{{ call }}</code></pre>
+{% if done %}<pre><code>encoder = ssl_flow.{{ loader }}("{{ log.folder }}/encoder")</code></pre>
 {% else %}<p>No encoder yet: it is written when the training ends.</p>{% endif %}
 <h2>Configuration</h2>
 {% if log.config %}<details><summary>{{ log.config | length }} keys of config.yaml</summary><div>
@@ -81,132 +88,57 @@ _CAPTIONS = {
 def write_report(run_dir: str | Path) -> Path:
     """Write `report.html` and `pictures/curves.png` from what a run folder holds.
 
-    Parts that are missing are left out, the curves also without matplotlib.
-
     Reads results.json (`{"linear_probe": {NAME: {"miou": ..., "per_class": {...}}}}`),
-    metrics.jsonl (`draw_curves` says what of it), config.yaml and pictures/*.png.
+    metrics.jsonl, config.yaml and pictures/*.png; parts that are missing are left out.
 
     Raises:
         FileNotFoundError: the run folder does not exist.
         ValueError: results.json or config.yaml cannot be read (names the file).
-        OSError: the files cannot be written.
     """
     log = read_run(Path(run_dir))
+    run, sheet, results = log.folder, draw_curves([log]), log.folder / "results.json"
     try:
-        sheet, cells = draw_curves([log])
-    except ImportError as error:
-        return _write(log, None, {}, str(error))
-    return _write(log, sheet, cells)
-
-
-def _write(
-    log: RunLog,
-    sheet: Picture | None,
-    cells: dict[str, Picture],
-    no_curves: str = "No numbers in metrics.jsonl.",
-) -> Path:
-    run, encoder = log.folder, log.folder / "encoder"
-    probe = _read_probe(run / "results.json")
-    rows, classes = _probe_tables(probe)
+        probe = json.loads(results.read_text()).get("linear_probe", {}) if results.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{results} is not JSON; delete it or put it back: {error}") from error
     if sheet is not None:
         (run / "pictures").mkdir(exist_ok=True)
-        write_atomically(run / "pictures" / "curves.png", png(sheet))
+        write_atomically(run / "pictures" / "curves.png", sheet)
     files = [p for p in (run / "pictures").glob("*.png") if p.stem != "curves"]
     files.sort(key=lambda p: (p.stem != "training", p.stem))
-    loader = "models.load_tile_encoder" if "tile_encoder" in _text(encoder) else "load_encoder"
-    call = f"encoder = ssl_flow.{loader}({json.dumps(str(encoder), ensure_ascii=False)})"
-    page = Environment(autoescape=True).from_string(_PAGE).render(
+    on_map = str(log.config.get("data.store")).startswith("map:")
+    environment = Environment(autoescape=True)
+    environment.filters["cell"] = lambda x: f"{x:.4f}" if is_number(x) else "-"
+    page = environment.from_string(_PAGE).render(
         log=log,
         problems=_problems(log),
-        rows=rows,
-        classes=classes,
-        protocol=_protocol(probe),
-        curves=[(name, _inline(png(cell))) for name, cell in cells.items()],
-        no_curves=no_curves,
-        pictures=[(_CAPTIONS.get(p.stem, p.stem), _inline(p.read_bytes())) for p in files],
-        call=call if (encoder / "config.json").exists() else None,
-    )  # fmt: skip
+        probe=probe,
+        # Beside the encoders there are the protocol and the like, which have no score.
+        rows={k: v for k, v in probe.items() if isinstance(v, dict) and "miou" in v},
+        curves=data_uri(sheet) if sheet else None,
+        pictures=[(_CAPTIONS.get(p.stem, p.stem), data_uri(p.read_bytes())) for p in files],
+        done=(run / "encoder" / "config.json").exists(),
+        loader="models.load_tile_encoder" if on_map else "load_encoder",
+    )
     report = run / "report.html"
     write_atomically(report, page.encode(errors="replace"))
     return report
 
 
-def _text(encoder: Path) -> str:
-    file = encoder / "config.json"
-    return file.read_text(encoding="utf-8") if file.exists() else ""
-
-
-def _read_probe(path: Path) -> dict[str, Any]:
-    try:
-        results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON; delete it or put it back: {error}") from error
-    probe = results.get("linear_probe") if isinstance(results, dict) else None
-    return probe if isinstance(probe, dict) else {}
-
-
-def _probe_tables(probe: dict[str, Any]) -> tuple[list[dict[str, str]], dict[str, list[str]]]:
-    """One row per encoder; the cells of each class, in the order of the rows."""
-    # Beside the encoders there are the protocol and the like, which have no score.
-    scored = {k: v for k, v in probe.items() if isinstance(v, dict) and is_number(v.get("miou"))}
-    rows = []
-    for name, value in scored.items():
-        std = f" ± {value['miou_std']:.4f}" if is_number(value.get("miou_std")) else ""
-        rows.append(
-            {
-                "name": name,
-                "miou": f"{value['miou']:.4f}{std}",
-                "accuracy": _cell(value.get("pixel_accuracy")),
-                "runs": str(len(value["runs"])) if value.get("runs") else "-",
-            }
-        )
-    tables = [value.get("per_class") or {} for value in scored.values()]
-    names = dict.fromkeys(name for table in tables for name in table)
-    return rows, {name: [_cell(table.get(name)) for table in tables] for name in names}
-
-
-def _cell(value: object) -> str:
-    return f"{value:.4f}" if is_number(value) else "-"
-
-
-def _protocol(probe: dict[str, Any]) -> str:
-    """Which images, which rule, which classifier: one line."""
-    parts = ["Over the whole test split; ± is the standard deviation over runs."]
-    for key, name in (("train_data", "Trained on"), ("data", "Scored on")):
-        if data := probe.get(key):
-            images, rule = data.get("images", "?"), data.get("rule", "?")
-            parts.append(f"{name} {data.get('spec', '?')}, {images} images ({rule}).")
-    if protocol := probe.get("protocol"):
-        parts.append("Protocol: " + ", ".join(f"{k} {v}" for k, v in protocol.items()) + ".")
-    return " ".join(parts)
-
-
 def _problems(log: RunLog) -> list[str]:
-    found = []
+    found, mend = [], f"If it was interrupted: ssl-flow train --resume {log.folder}"
     if not (log.folder / "encoder" / "config.json").exists():
-        found.append(
-            f"Not finished (running, or interrupted): {log.summary or 'nothing logged'}. "
-            f"If it was interrupted: ssl-flow train --resume {log.folder}"
-        )
+        found.append(f"Not finished (running, or interrupted): {log.summary}. {mend}")
     elif log.rows and log.rows[-1]["step"] < log.config.get("train.steps", 0):
-        found.append(
-            f"Not finished, being made longer: {log.summary}. The encoder and the linear probe are "
-            f"those of the shorter run. If it was interrupted: ssl-flow train --resume {log.folder}"
-        )
+        old = "The encoder and the linear probe are those of the shorter run."
+        found.append(f"Not finished, being made longer: {log.summary}. {old} {mend}")
     if skipped := sum(log.curve("skipped_steps")[1][-1:]):
         found.append(f"Steps skipped because loss or gradient was not finite: {skipped:g}.")
     if bad := sum("loss" in row and not is_number(row["loss"]) for row in log.rows):
         found.append(f"Logged losses that are not finite: {bad} of {len(log.rows)}.")
-    if log.unreadable:
-        found.append(
-            f"Lines of metrics.jsonl left out as unreadable: {log.unreadable} "
-            "(a killed run leaves its last one torn)."
-        )
+    if log.unreadable:  # a killed run leaves its last one torn
+        found.append(f"Lines of metrics.jsonl left out as unreadable: {log.unreadable}.")
     return found
-
-
-def _inline(data: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
 @dataclass
@@ -220,46 +152,24 @@ class ShowRunCommand:
 
 
 def show_run_command(argv: Sequence[str]) -> int:
-    """Run `ssl-flow show run` with the arguments that follow these two words.
-
-    Returns:
-        The exit code: 0, or 2 if a run cannot be shown.
-
-    Raises:
-        SystemExit: by the parser: 0 after --help, 2 for a wrong flag.
-    """
+    """Run `ssl-flow show run`; returns the exit code: 0, or 2 if a run cannot be shown."""
     command = tyro.cli(ShowRunCommand, args=list(argv), prog="ssl-flow show run")
+    out, runs = command.out, command.runs
     try:
-        if command.out.suffix != ".png" or not command.out.absolute().parent.is_dir():
-            raise ValueError(f"--out {command.out}: expected a .png in a folder that is there")
-        logs = [_checked(run) for run in command.runs]
-        sheet, cells = draw_curves(logs)
-        assert sheet is not None  # each has numbers
+        if out.suffix != ".png" or not out.absolute().parent.is_dir():
+            raise ValueError(f"--out {out}: expected a .png in a folder that is there")
+        logs = [read_run(run) for run in runs]
+        for log in logs:
+            if not drawable_panels([log]):
+                metrics = log.folder / "metrics.jsonl"
+                found = "holds no numbers (yet)" if metrics.exists() else "is missing"
+                raise ValueError(f"{metrics} {found}; `ssl-flow train` prints the folder of a run")
         if len(logs) == 1:
-            report = _write(logs[0], sheet, cells)
-            print(f"wrote {logs[0].folder / 'pictures' / 'curves.png'} and {report}")
+            print(f"wrote {runs[0] / 'pictures' / 'curves.png'} and {write_report(runs[0])}")
         else:
-            write_atomically(command.out, png(sheet))
-            print(f"wrote {command.out}")
-    except (ValueError, OSError, ImportError) as error:
+            write_atomically(out, draw_curves(logs) or b"")
+            print(f"wrote {out}")
+    except (ValueError, OSError) as error:
         print(f"ssl-flow show run: error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def _checked(folder: Path) -> RunLog:
-    """Read a run that has something to draw; else say what is missing and what to do."""
-    log, metrics = read_run(folder), folder / "metrics.jsonl"
-    if drawable_panels([log]):
-        return log
-    if not (log.config or metrics.exists()):
-        inside = sorted(file.parent for file in folder.glob("*/metrics.jsonl"))
-        mend = f"a run in it: {inside[-1]}" if inside else "`ssl-flow train` prints the right one"
-        raise FileNotFoundError(
-            f"{folder} is no run folder: neither config.yaml nor metrics.jsonl is in it; {mend}"
-        )
-    raise ValueError(
-        f"{metrics} {'holds no numbers' if metrics.exists() else 'is missing'}: nothing is logged "
-        f"before train.log_every steps (here {log.config.get('train.log_every', 'not known')}); "
-        f"wait for them, or go on with an interrupted run: ssl-flow train --resume {folder}"
-    )

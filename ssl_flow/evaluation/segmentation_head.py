@@ -19,63 +19,38 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ssl_flow.data.segmentation import IGNORE, SegmentationSet
 from ssl_flow.evaluation.linear_probe_bn import BnProbe
 from ssl_flow.evaluation.linear_probe_plain import PlainProbe
+from ssl_flow.evaluation.metrics import SegmentationScores
 from ssl_flow.evaluation.outcome import Outcome
-from ssl_flow.evaluation.patch_features import (
-    check_classes,
-    check_labelled,
-    resize_map,
-    shrink_mask,
-)
-from ssl_flow.evaluation.pixel_features import (
-    check_features,
-    feature_levels,
-    frozen,
-    several_values,
-)
-from ssl_flow.evaluation.segmentation_scores import SegmentationScores
+from ssl_flow.evaluation.pixel_features import bar, check_input, feature_levels, frozen, resize_map
 from ssl_flow.models.encoder import Encoder, device_of
+
+Probe = BnProbe | PlainProbe
 
 
 def run_segmentation_head(
     encoder: Encoder,
     train_set: SegmentationSet,
     test_set: SegmentationSet,
-    protocol: BnProbe | PlainProbe | None = None,
+    protocol: Probe | None = None,
     seed: int = 0,
-    examples: int = 6,
-    progress: bool = True,
 ) -> Outcome:
-    """Train the protocol's head on one split, score it on another; the encoder stays as it is.
+    """Train the protocol's head on one split, score it on another.
 
-    Args:
-        encoder: any with `features`, `channels`, `strides`, `normalize`.
-        train_set: labelled images for the head.
-        test_set: labelled images to score; the same classes.
-        protocol: `BnProbe()` by default.
-        seed: of the head's first weights, its dropout, the batches and the augmentation.
-        examples: test images kept in the outcome.
-        progress: show progress bars.
-
-    Raises:
-        ValueError: unknown features, different classes, features that are not finite or do not
-            fit their stride (names the image).
+    `seed` is that of the head's first weights, its dropout, the batches and the augmentation.
     """
     protocol = protocol or BnProbe()
-    check_features(encoder, protocol.features)
-    check_classes(train_set, test_set)
-    check_labelled(train_set)
-    scores = SegmentationScores(test_set, examples)
+    check_input(encoder, protocol.features, train_set, test_set, labelled=True)
+    scores = SegmentationScores(test_set)
     with frozen(encoder), torch.random.fork_rng():
         torch.manual_seed(seed)  # the head's weights and dropout draw from the global generator
-        head, losses = _train(encoder, train_set, protocol, seed, progress)
+        head, losses = _train(encoder, train_set, protocol, seed)
         head.eval()
         with torch.inference_mode():
-            for item in tqdm(test_set, "test", disable=not progress, leave=False):
+            for item in bar(test_set, "test"):
 
                 def classify(
                     image: np.ndarray, size: tuple[int, int], name: str = item.name
@@ -92,12 +67,12 @@ def run_segmentation_head(
 class LevelHead(nn.Module):
     """One 1x1 convolution on several levels: each meets its own columns of the weight."""
 
-    def __init__(self, protocol: BnProbe | PlainProbe, channels: list[int], classes: int) -> None:
+    def __init__(self, protocol: Probe, channels: list[int], classes: int) -> None:
         """`channels` of the levels."""
         super().__init__()
         self.channels = channels
-        self.convolution = protocol.head(sum(channels), classes)
-        self.before = nn.ModuleList(protocol.before(c) for c in channels)
+        self.convolution, before = protocol.layers(channels, classes)
+        self.before = nn.ModuleList(before)
 
     def forward(self, levels: list[Tensor]) -> list[Tensor]:
         """(B, C_i, h_i, w_i) -> (B, K, h_i, w_i); their sum at a pixel is its scores."""
@@ -117,25 +92,19 @@ def _read(scores: list[Tensor], strides: list[int], side: int, size: tuple[int, 
 
 @torch.enable_grad()
 def _train(
-    encoder: Encoder,
-    dataset: SegmentationSet,
-    protocol: BnProbe | PlainProbe,
-    seed: int,
-    progress: bool,
+    encoder: Encoder, dataset: SegmentationSet, protocol: Probe, seed: int
 ) -> tuple[LevelHead, list[float]]:
     """The head, and the loss of every step."""
     steps, losses = protocol.total_steps(len(dataset)), []
     head, optimizer = None, None
-    examples = _examples(dataset, protocol, steps, np.random.default_rng(seed))
-    bar = tqdm(examples, "train", steps, disable=not progress, leave=False)
-    for step, (images, masks, names) in enumerate(bar):
+    examples = _examples(dataset, protocol, np.random.default_rng(seed))
+    for step, (images, masks, names) in zip(bar(range(steps), "train"), examples, strict=False):
         levels, strides = _encode(encoder, images, protocol, names)
         if head is None or optimizer is None:  # the first maps tell the numbers of channels
             channels = [level.shape[1] for level in levels]
             head = LevelHead(protocol, channels, len(dataset.classes)).to(levels[0].device).train()
             optimizer = protocol.optimizer(head)
-        with several_values("a larger input_size or more training images"):
-            scores = head(levels)
+        scores = head(levels)
         # At the masks' resolution one image at a time; the head's own graph is walked once.
         leaves = [score.detach().requires_grad_() for score in scores]
         targets = torch.from_numpy(np.stack(masks)).to(scores[0].device).long()
@@ -160,7 +129,7 @@ def _train(
 
 @torch.no_grad()
 def _encode(
-    encoder: Encoder, images: list[np.ndarray], protocol: BnProbe | PlainProbe, names: list[str]
+    encoder: Encoder, images: list[np.ndarray], protocol: Probe, names: list[str]
 ) -> tuple[list[Tensor], list[int]]:
     """Levels (B, C_i, h_i, w_i) of images, padded with 0 to input_size once normalised; strides."""
     device = device_of(encoder)
@@ -172,44 +141,38 @@ def _encode(
             missing = [protocol.input_size - side for side in image.shape[1::-1]]
             padded.append(F.pad(encoder.normalize(pixels), (0, missing[0], 0, missing[1])))
         batch = torch.cat(padded).contiguous(memory_format=torch.channels_last)
-        levels, strides = feature_levels(
-            encoder, batch, protocol.features, names[start : start + size]
-        )
+        some = names[start : start + size]
+        levels, strides = feature_levels(encoder, batch, protocol.features, some)
         parts.append(levels)
     return [torch.cat(level) for level in zip(*parts, strict=True)], strides
 
 
-Examples = tuple[list[np.ndarray], list[np.ndarray], list[str]]
-
-
 def _examples(
-    dataset: SegmentationSet, protocol: BnProbe | PlainProbe, steps: int, rng: np.random.Generator
-) -> Iterator[Examples]:
-    """Augmented images, masks at target_size, names of a batch; the next one is read meanwhile."""
+    dataset: SegmentationSet, protocol: Probe, rng: np.random.Generator
+) -> Iterator[tuple[list[np.ndarray], list[np.ndarray], list[str]]]:
+    """Without end: augmented images, masks, names of a batch; the next one is read meanwhile.
+
+    The images are in a random order; an epoch's incomplete last batch is left out.
+    """
 
     def read(index: int, seed: int) -> tuple[np.ndarray, np.ndarray, str]:
         item = dataset[index]
         own = np.random.default_rng(seed)  # the threads' order has no influence
-        image, mask = protocol.augment(item.image, item.mask, own)
-        return image, shrink_mask(mask, protocol.target_size), item.name
+        return *protocol.augment(item.image, item.mask, own), item.name
 
-    def submit(batch: np.ndarray) -> list[Future]:
-        seeds = rng.integers(0, 2**63, len(batch))
-        return [pool.submit(read, int(i), int(s)) for i, s in zip(batch, seeds, strict=True)]
+    def batches() -> Iterator[list[Future]]:
+        size = min(protocol.batch_images, len(dataset))
+        while True:
+            order = rng.permutation(len(dataset))
+            for start in range(0, len(dataset) - size + 1, size):
+                batch = order[start : start + size].tolist()
+                seeds = rng.integers(0, 2**63, size).tolist()
+                yield [pool.submit(read, *one) for one in zip(batch, seeds, strict=True)]
 
-    batches = _batches(len(dataset), protocol.batch_images, rng)
     with ThreadPoolExecutor() as pool:
-        coming = submit(next(batches))
-        for step in range(steps):
-            ready, coming = coming, submit(next(batches)) if step + 1 < steps else []
-            images, masks, names = zip(*(future.result() for future in ready), strict=True)
+        coming = batches()
+        ready = next(coming)
+        while True:
+            ready, futures = next(coming), ready
+            images, masks, names = zip(*(future.result() for future in futures), strict=True)
             yield list(images), list(masks), list(names)
-
-
-def _batches(count: int, size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Without end: batches of a random order; an epoch's incomplete last one is left out."""
-    size = min(size, count)
-    while True:
-        order = rng.permutation(count)
-        for start in range(0, count - size + 1, size):
-            yield order[start : start + size]

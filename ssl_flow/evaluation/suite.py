@@ -1,11 +1,12 @@
 """A suite: protocols x labelled data x encoders x seeds.
 
 All input is checked first. Each (protocol, data, encoder, seed) is a cell; finished cells lie in
-OUT/cells and are not computed again by the next call, whatever ended this one (`cells.py`).
+OUT/cells and are not computed again by the next call, whatever ended this one (`outcome.py`).
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Sequence
@@ -15,19 +16,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from ssl_flow.evaluation.cells import cell_path, load_cell, save_cell
 from ssl_flow.evaluation.feature_cache import encoder_digest
 from ssl_flow.evaluation.loc2vec import check_tile, judged_digest, load_judged
-from ssl_flow.evaluation.outcome import Outcome
+from ssl_flow.evaluation.outcome import Outcome, Settings, cell_path, load_cell, save_cell
 from ssl_flow.evaluation.pixel_features import check_features, estimate_on
-from ssl_flow.evaluation.protocols import (
-    PROTOCOLS,
-    Data,
-    describe,
-    fits,
-    open_data,
-    run_protocol,
-)
+from ssl_flow.evaluation.protocols import PROTOCOLS, Data, fits, open_data, run_protocol
 from ssl_flow.models import WeightsError, load_encoder, pick_device
 
 
@@ -66,7 +59,7 @@ class Cell:
     """One number to be: a protocol on a set with an encoder and a seed."""
 
     data: Data
-    settings: Any
+    settings: Settings
     label: str
     spec: str
     seed: int
@@ -76,13 +69,11 @@ class Cell:
     error: str = ""
 
 
-def plan(options: Options, settings: dict[str, Any]) -> list[Cell]:
-    """All cells, with the outcomes that are there already.
+def plan(options: Options, settings: dict[str, Settings]) -> list[Cell]:
+    """All cells, with the outcomes that are there already; makes the output folder.
 
-    Loads every encoder once, opens all data and makes the output folder.
-
-    Raises:
-        ValueError, OSError, ImportError, WeightsError: anything that could be wrong with the input.
+    Loads every encoder once and opens all data, and raises ValueError, OSError, ImportError or
+    WeightsError for anything that could be wrong with the input.
     """
     if not (options.encoders and options.data and settings):
         raise ValueError("give at least one encoder, one data set and one protocol")
@@ -91,38 +82,33 @@ def plan(options: Options, settings: dict[str, Any]) -> list[Cell]:
             raise ValueError(f"{key} = {getattr(options, key)}, expected 1 or more")
     pick_device(options.device)
     sets = _open_all(options.data, settings)
-    rows = dict(parse_row(text, options.seeds) for text in options.encoders)
-    if len(rows) < len(options.encoders):
+    rows = [parse_row(text, options.seeds) for text in options.encoders]
+    if len(dict(rows)) < len(rows):
         raise ValueError(f"two encoders of the same name: {', '.join(options.encoders)}")
-    runs = dict.fromkeys(run for part in rows.values() for run in part)
-    digests = {run: _check_encoder(*run, settings, sets) for run in runs}
+    runs = [(label, *run) for label, part in rows for run in part]
+    unique = dict.fromkeys(run[1:] for run in runs)
+    digests = {run: _check_encoder(*run, settings, sets) for run in unique}
     folder = options.out / "cells"
     folder.mkdir(parents=True, exist_ok=True)
     cells: dict[tuple[str, Path], Cell] = {}
-    for data in sets:
-        for label, (spec, seed) in ((label, run) for label, part in rows.items() for run in part):
-            for protocol in settings.values():
-                entry = PROTOCOLS[protocol.name]
-                if entry.kind != data.kind:
-                    continue
-                about = {
-                    "protocol": describe(protocol),
-                    "data": data.digest,
-                    "encoder": digests[spec, seed],
-                    "seed": seed if entry.seeded else 0,  # so that seeds may make one cell
-                    "batchnorm_images": options.batchnorm_images * spec.startswith("random:"),
-                    "float16": entry.cached and options.cache is not None,
-                }
-                path = cell_path(folder, about)
-                if (label, path) not in cells:
-                    outcome = load_cell(path)
-                    cells[label, path] = Cell(
-                        data, protocol, label, spec, seed, about, path, outcome
-                    )
+    for data, (label, spec, seed), protocol in itertools.product(sets, runs, settings.values()):
+        entry = PROTOCOLS[protocol.name]
+        about = {
+            "protocol": protocol.describe(),
+            "data": data.digest,
+            "encoder": digests[spec, seed],
+            "seed": seed if entry.seeded else 0,  # so that seeds may make one cell
+            "batchnorm_images": options.batchnorm_images * spec.startswith("random:"),
+            "float16": entry.cached and options.cache is not None,
+        }
+        path = cell_path(folder, about)
+        if entry.kind == data.kind and (label, path) not in cells:
+            found = load_cell(path)
+            cells[label, path] = Cell(data, protocol, label, spec, seed, about, path, found)
     return list(cells.values())
 
 
-def _open_all(specs: Sequence[str], settings: dict[str, Any]) -> list[Data]:
+def _open_all(specs: Sequence[str], settings: dict[str, Settings]) -> list[Data]:
     kinds = {name: PROTOCOLS[name].kind for name in settings}
     wanted = dict.fromkeys((k, s) for s in specs for k in kinds.values() if fits(k, s))
     sets = [open_data(kind, spec) for kind, spec in wanted]  # first: names what is unknown
@@ -145,24 +131,27 @@ def parse_row(text: str, seeds: int) -> tuple[str, list[tuple[str, int]]]:
     specs = [part.strip() for part in rest.split(",") if part.strip()]
     if not specs:
         raise ValueError(f"empty encoder {text!r}")
-    if len(specs) > 1:
-        return name, [(s, i if s.startswith("random:") else 0) for i, s in enumerate(specs)]
-    return name, [(specs[0], seed) for seed in range(seeds)]
+    if len(specs) == 1:
+        return name, [(specs[0], seed) for seed in range(seeds)]
+    return name, [(s, i if s.startswith("random:") else 0) for i, s in enumerate(specs)]
 
 
-def _check_encoder(spec: str, seed: int, settings: dict[str, Any], sets: Sequence[Data]) -> str:
+def _check_encoder(
+    spec: str, seed: int, settings: dict[str, Settings], sets: Sequence[Data]
+) -> str:
     """The digest of an encoder that can be loaded and has the features that protocols ask for."""
     try:
         if maps := [data for data in sets if data.kind == "maps"]:
             if len(maps) < len(sets):
                 raise ValueError("loc2vec judges encoders of tiles: judge others in another call")
+            tile: Any = settings["loc2vec"]
             for data in maps:
-                check_tile(load_judged(spec, seed, *data.sets), settings["loc2vec"])
+                check_tile(load_judged(spec, seed, *data.sets), tile)
             return judged_digest(spec, seed)
         encoder = load_encoder(spec, seed=seed)
         for protocol in settings.values():
-            if getattr(protocol, "features", None):
-                check_features(encoder, protocol.features)
+            if features := getattr(protocol, "features", None):
+                check_features(encoder, features)
         return encoder_digest(encoder)
     except (WeightsError, ValueError) as error:
         raise ValueError(f"encoder {spec}: {error}") from error
@@ -173,21 +162,18 @@ def run_cells(cells: Sequence[Cell], options: Options) -> None:
     missing = [cell for cell in cells if cell.outcome is None]
     if len(missing) < len(cells):
         _say(f"{len(cells) - len(missing)} of {len(cells)} cells are there already")
-    costs: dict[tuple[str, str], list[float]] = {}
     encoder: Any = None
     ready = None  # the encoder at hand, and for what
+    begun = time.perf_counter()
     for number, cell in enumerate(missing, start=1):
-        name = f"{cell.data.name} {cell.settings.name} {cell.label}"
         spec = "" if cell.spec == cell.label else f"{cell.spec}, "
-        name += f" ({spec}seed {cell.seed})"
+        name = f"{cell.data.name} {cell.settings.name} {cell.label} ({spec}seed {cell.seed})"
         start = time.perf_counter()
         try:
-            if (cell.spec, cell.seed, cell.data) != ready:
+            if (cell.spec, cell.seed, cell.data) != ready or encoder is None:
                 encoder = prepared(cell, options)
                 ready = (cell.spec, cell.seed, cell.data)
-            outcome = run_protocol(
-                cell.settings, encoder, cell.data, cell.seed, options.cache, sys.stderr.isatty()
-            )
+            outcome = run_protocol(cell.settings, encoder, cell.data, cell.seed, options.cache)
             save_cell(cell.path, outcome, cell.about)
             cell.outcome = load_cell(cell.path)  # smaller, and the same as in a later call
             score, value = next(iter(outcome.scores.items()))
@@ -195,10 +181,10 @@ def run_cells(cells: Sequence[Cell], options: Options) -> None:
         except Exception as error:  # one cell must not cost the others
             cell.error = f"{type(error).__name__}: {error}"
             said = f"failed: {cell.error}"
-        seconds = time.perf_counter() - start
-        costs.setdefault((cell.data.spec, cell.settings.name), []).append(seconds)
-        left = _time_left(missing[number:], costs)
-        _say(f"[{number}/{len(missing)}] {name}: {said} in {seconds:.0f} s{left}")
+        now = time.perf_counter()
+        left = (now - begun) / number * (len(missing) - number) / 60
+        said = f"{said} in {now - start:.0f} s; about {left:.1f} min left"
+        _say(f"[{number}/{len(missing)}] {name}: {said}")
 
 
 def prepared(cell: Cell, options: Options) -> Any:  # noqa: ANN401
@@ -209,17 +195,6 @@ def prepared(cell: Cell, options: Options) -> Any:  # noqa: ANN401
     if cell.about["batchnorm_images"]:
         estimate_on(encoder, cell.data.seen, cell.about["batchnorm_images"])
     return encoder
-
-
-def _time_left(cells: Sequence[Cell], costs: dict[tuple[str, str], list[float]]) -> str:
-    if not cells:
-        return ""
-    every = [seconds for part in costs.values() for seconds in part]
-    seconds = 0.0
-    for cell in cells:
-        known = costs.get((cell.data.spec, cell.settings.name), every)
-        seconds += sum(known) / len(known)
-    return f"; about {seconds / 60:.1f} min left"
 
 
 def _say(text: str) -> None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
 from typing import Annotated, Any
 
 import tyro
 
+from ssl_flow.evaluation.outcome import Settings
 from ssl_flow.evaluation.protocols import PROTOCOLS, fits, parse_settings
 from ssl_flow.evaluation.suite import Options, plan, run_cells
 from ssl_flow.evaluation.suite_report import write_results
@@ -36,59 +36,48 @@ class SuiteCommand(Options):
 
 
 def eval_command(argv: list[str]) -> int:
-    """Run `ssl-flow eval NAME ...` with the arguments that follow `eval`."""
-    if argv and argv[0] in PROTOCOLS:
-        return protocol_command(argv[0], argv[1:])
-    if argv and argv[0] == "suite":
-        return suite_command(argv[1:])
-    asked = not argv or argv[0] in ("-h", "--help")
-    lines = [] if asked else [f"ssl-flow eval: no protocol {argv[0]!r}"]
-    lines += ["usage: ssl-flow eval NAME [--help] ...", "", "  suite: several protocols at once"]
-    lines += [f"  {name}: takes {entry.kind}" for name, entry in PROTOCOLS.items()]
-    print("\n".join(lines), file=sys.stdout if asked else sys.stderr)
-    return 0 if asked else 2
-
-
-def suite_command(argv: list[str]) -> int:
-    """Run `ssl-flow eval suite`.
+    """Run `ssl-flow eval NAME ...` with the arguments that follow `eval`.
 
     Returns:
         0; 1 when a cell failed (it is named in the table); 2 for bad input, told on stderr.
     """
-    text = f"{SuiteCommand.__doc__} Protocols: {', '.join(PROTOCOLS)}."
-    prog = "ssl-flow eval suite"
-    command = tyro.cli(SuiteCommand, args=argv, prog=prog, description=text)
-    names = command.protocols or [
-        name for name in _DEFAULT if any(fits(PROTOCOLS[name].kind, spec) for spec in command.data)
-    ]
-    return _run("suite", argv, command, names, command.set)
-
-
-def protocol_command(name: str, argv: list[str]) -> int:
-    """Run `ssl-flow eval NAME`: the suite with one protocol, whose settings are flags."""
-    kind = PROTOCOLS[name].settings
-    # The settings' own class stays as it is: its fields become flags without a prefix.
-    settings = ("settings", Annotated[kind, tyro.conf.arg(name="")], field(default_factory=kind))
-    both = make_dataclass("Command", [settings], bases=(Options,))
-    text = f"Judge frozen encoders by the protocol {name}, version {kind.version}."
-    command: Any = tyro.cli(both, args=argv, prog=f"ssl-flow eval {name}", description=text)
-    return _run(name, argv, command, {name: command.settings})
-
-
-def _run(
-    name: str,
-    argv: Sequence[str],
-    options: Options,
-    protocols: Sequence[str] | dict[str, Any],
-    changes: Sequence[str] = (),
-) -> int:
+    name, *words = argv or ["--help"]
+    prog = f"ssl-flow eval {name}"
+    command: Any = None
+    settings: dict[str, Settings] | None = None
+    if name == "suite":
+        text = f"{SuiteCommand.__doc__} Protocols: {', '.join(PROTOCOLS)}."
+        command = tyro.cli(SuiteCommand, args=words, prog=prog, description=text)
+    elif name in PROTOCOLS:
+        kind: Any = PROTOCOLS[name].settings
+        # The settings' own class stays as it is: its fields become flags without a prefix.
+        flat = ("settings", Annotated[kind, tyro.conf.arg(name="")], field(default_factory=kind))
+        both = make_dataclass("Command", [flat], bases=(Options,))
+        text = f"Judge frozen encoders by the protocol {name}, version {kind.version}."
+        command = tyro.cli(both, args=words, prog=prog, description=text)
+        settings = {name: command.settings}
+    else:
+        asked = name in ("-h", "--help")
+        lines = [] if asked else [f"ssl-flow eval: no protocol {name!r}"]
+        lines += [
+            "usage: ssl-flow eval NAME [--help] ...",
+            "",
+            "  suite: several protocols at once",
+        ]
+        lines += [f"  {name}: takes {entry.kind}" for name, entry in PROTOCOLS.items()]
+        print("\n".join(lines), file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
     try:
-        settings = protocols if isinstance(protocols, dict) else parse_settings(protocols, changes)
-        cells = plan(options, settings)
+        if settings is None:
+            names = command.protocols or [
+                p for p in _DEFAULT if any(fits(PROTOCOLS[p].kind, spec) for spec in command.data)
+            ]
+            settings = parse_settings(names, command.set)
+        cells = plan(command, settings)
     except (ValueError, OSError, ImportError, WeightsError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
-    run_cells(cells, options)
-    results, text = write_results(cells, options, shlex.join(["ssl-flow", "eval", name, *argv]))
-    print(json.dumps(results, indent=2) if options.json else text)
+    run_cells(cells, command)
+    results, text = write_results(cells, command, shlex.join(["ssl-flow", "eval", *argv]))
+    print(json.dumps(results, indent=2) if command.json else text)
     return int(any(cell.error for cell in cells))

@@ -25,7 +25,6 @@ small, .note { color: #888; font-size: .85em } .failed { color: #c0392b }
 .marked button.on { background: #d55e00 }
 .swatch { display: inline-block; width: .9em; height: .9em; margin: 0 .3em 0 1em;
   vertical-align: -.1em; border: 1px solid #8888 }
-.names { display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; gap: 4px }
 @media print { .marked button:not(.on) { display: none } details { break-inside: avoid } }
 </style></head><body>
 {% macro strips(rows) %}<div class="strips">{% for label, picture in rows %}
@@ -43,32 +42,17 @@ small, .note { color: #888; font-size: .85em } .failed { color: #c0392b }
 <li class="failed">{{ failure }}</li>{% endfor %}</ul>{% endif %}
 {% for table in tables %}
 <h2>{{ table.title }}</h2>
-{{ grid(table.heads, table.rows) }}
+{{ grid(*table.grid) }}
 <p>{{ table.verdict }}</p>
-{% with bars = table.bars %}{% if bars.rows %}<svg viewBox="0 0 {{ bars.width }} {{ bars.height }}"
- width="{{ bars.width }}" style="max-width: 100%" role="img" aria-label="{{ table.title }}"
- font-family="system-ui, sans-serif" font-size="12" fill="currentColor">
-{% for tick in bars.ticks %}<line stroke="#8888" x1="{{ tick.x }}" x2="{{ tick.x }}" y1="4"
- y2="{{ bars.bottom }}"/><text x="{{ tick.x }}" y="{{ bars.bottom + 14 }}"
- text-anchor="middle">{{ tick.text }}</text>{% endfor %}
-{% for row in bars.rows %}<text x="{{ bars.left - 8 }}" y="{{ row.y + 4 }}" text-anchor="end">
-{{- row.label | truncate(32, True) }}</text>
-<rect x="{{ bars.left }}" y="{{ row.y - 8 }}" width="{{ row.length }}" height="16"
- fill="{{ row.color }}" fill-opacity=".75"><title>{{ row.label }}</title></rect>
-{% if row.low is not none %}<path stroke="currentColor" stroke-width="1.6"
- fill="none" d="M{{ row.low }} {{ row.y - 5 }}v10
- M{{ row.low }} {{ row.y }}H{{ row.high }} M{{ row.high }} {{ row.y - 5 }}v10"/>{% endif %}
-{% for seed in row.seeds %}<circle cx="{{ seed }}" cy="{{ row.y }}" r="2.6" fill="#fff"
- stroke="#000"/>{% endfor %}{% endfor %}
-<text x="{{ bars.left }}" y="{{ bars.bottom + 30 }}">{{ bars.name }}</text></svg>{% endif %}
-{% endwith %}
+{% if table.bars %}<img alt="{{ table.title }}" src="{{ table.bars }}">{% endif %}
+
 <p class="note">Protocol: {{ table.settings }}<br>{{ table.split }} Dots in the plot:
 single runs, where there are several.</p>
-{% if table.per_class %}<details><summary>Score of each class</summary>
+{% if table.per_class[1] %}<details><summary>Score of each class</summary>
 {{ grid(*table.per_class) }}</details>{% endif %}
 {% if table.strips %}<h3>Predictions</h3>{{ strips(table.strips) }}
 <p class="note">{% for name, color in table.legend %}<span class="swatch"
- style="background: {{ color }}"></span>{{ name }}{% endfor %}
+ style="background: rgb({{ color | join(',') }})"></span>{{ name }}{% endfor %}
 <span class="swatch" style="background: rgb(224, 224, 192)"></span>ignored</p>{% endif %}
 {% if table.hardest %}<h3>Hardest {{ table.hardest.what }}</h3>
 {% if table.hardest.strips %}{{ strips(table.hardest.strips) }}{% endif %}
@@ -98,8 +82,9 @@ from the smallest value in these images (dark) to the largest (bright), for each
 {% if picture %}<img alt="{{ caption }}" src="{{ picture }}" style="max-width: 100%">{% endif %}
 {% endfor %}{% endfor %}
 <h2>How this was made</h2>
-<pre class="command">{{ command }}</pre>
-<p>{{ date }}; {{ versions }}.</p>
+<pre class="command">{{ results.command }}</pre>
+<p>{{ results.date }}; {% for key, value in results.versions.items() %}{{ key }} {{ value }}
+{% endfor %}</p>
 {{ grid(*encoders) }}
 <br>{{ grid(*data_sets) }}
 <script>

@@ -2,43 +2,55 @@
 
 from __future__ import annotations
 
-import base64
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import cv2
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from ssl_flow.evaluation import feature_pictures as features
-from ssl_flow.evaluation.loc2vec import estimate_untrained, judged_tiles
+from ssl_flow.data.segmentation import IGNORE, Labelled, SegmentationSet
+from ssl_flow.evaluation.loc2vec import Loc2Vec, estimate_untrained, judged_tiles
 from ssl_flow.evaluation.loc2vec_pictures import draw_pictures
 from ssl_flow.evaluation.metrics import miou_of
 from ssl_flow.evaluation.outcome import Outcome
-from ssl_flow.evaluation.pictures import palette
+from ssl_flow.evaluation.pictures import Tile, data_uri, palette, pca_rgb, strip, tile_of
+from ssl_flow.evaluation.pixel_features import image_levels
 from ssl_flow.evaluation.protocols import Data
 from ssl_flow.evaluation.suite import Cell, Options, prepared
-from ssl_flow.evaluation.suite_tables import pretty, smaller_is_better
+from ssl_flow.evaluation.suite_tables import pretty, short, smaller_is_better
+from ssl_flow.models.encoder import Encoder
+from ssl_flow.models.head import to_stride
 
-_HEIGHT = 150  # of a tile
+_SIDE = 320  # shorter side of the images
+_STRIDE = 8  # of the maps, or the encoder's finest stride where that is coarser
+
+Strips = list[tuple[str, str]]  # label, data URI
 
 
-def predictions(data: Data, outcomes: dict[str, Outcome]) -> list[tuple[str, str]]:
-    """Strips of images, truth, and what each encoder predicts: (label, data URI)."""
+def _truths(
+    images: Sequence[np.ndarray], masks: Sequence[np.ndarray], colors: np.ndarray
+) -> Strips:
+    tile = tile_of(images[0])
+    truth = data_uri(strip([colors[mask] for mask in masks], tile, True), True)
+    return [("image", data_uri(strip(images, tile))), ("truth", truth)]
+
+
+def predictions(data: Data, outcomes: dict[str, Outcome]) -> Strips:
+    """Strips of images, truth, and what each encoder predicts."""
     shown = {label: o.examples for label, o in outcomes.items() if o.examples}
     if not shown:
         return []
-    first = next(iter(shown.values()))
-    classes = len(data.shown.classes) or 1 + max(
-        int(t[t != 255].max(initial=0)) for _, t, _ in first
-    )
-    colors = palette(classes)
-    tile = _tile(first[0][0])
-    rows = [("image", _uri(features.strip([image for image, _, _ in first], tile)))]
-    rows += [("truth", _uri(features.strip([colors[t] for _, t, _ in first], tile, True), True))]
+    images, truths, _ = zip(*next(iter(shown.values())), strict=True)
+    found = 1 + max(int(t[t != 255].max(initial=0)) for t in truths)
+    colors, tile = palette(len(data.shown.classes) or found), tile_of(images[0])
+    rows = _truths(images, truths, colors)
     for label, examples in shown.items():
-        maps = [colors[np.where(truth == 255, 255, found)] for _, truth, found in examples]
-        rows.append((label, _uri(features.strip(maps, tile, True), True)))
+        maps = [colors[np.where(truth == 255, 255, guess)] for _, truth, guess in examples]
+        rows.append((label, data_uri(strip(maps, tile, True), True)))
     return rows
 
 
@@ -56,21 +68,18 @@ def hardest(
         return None
     items = next(iter(outcomes.values())).items
     mean = np.mean(list(columns.values()), axis=0)
-    order = np.argsort(mean if not smaller_is_better(score) else -mean, kind="stable")
+    order = np.argsort(-mean if smaller_is_better(score) else mean, kind="stable")
     chosen: dict[str, int] = {}
     for index in order[~np.isnan(mean[order])].tolist():
         chosen.setdefault(data.unit_of(items[index]), index)
     worst = list(chosen.values())[:count]
-    places = [data.shown.names.index(items[i]) for i in worst if items[i] in data.shown.names]
+    names = data.shown.names
+    examples = [data.shown[names.index(items[i])] for i in worst if items[i] in names]
     strips = []
-    if places:
-        examples = [data.shown[place] for place in places]
-        tile = _tile(examples[0].image)
-        strips = [("image", _uri(features.strip([e.image for e in examples], tile)))]
-        if data.shown.classes:
-            colors = palette(len(data.shown.classes))
-            truth = features.strip([colors[e.mask] for e in examples], tile, True)
-            strips.append(("truth", _uri(truth, True)))
+    if examples:
+        images, masks, _ = zip(*examples, strict=True)
+        classes = len(data.shown.classes)
+        strips = _truths(images, masks, palette(classes))[: 2 if classes else 1]
     return {
         "what": "images" if data.kind == "segmentation" else table["unit"],
         "score": pretty(score),
@@ -82,9 +91,9 @@ def hardest(
 
 def feature_strips(data: Data, cells: Sequence[Cell], options: Options) -> dict[str, Any]:
     """PCA and similarity of every encoder on the same images of a set."""
-    images, masks = features.pick_images(data.shown, data.unit_of)
-    marks, tile = features.mark_pixels(masks), _tile(images[0])
-    image = _uri(features.strip(list(images), tile))
+    images, masks = pick_images(data.shown, data.unit_of)
+    marks, tile = mark_pixels(masks), tile_of(images[0])
+    image = data_uri(strip(list(images), tile))
     height, width = images.shape[1:3]
     total = len(images) * (tile[1] + 4) - 4
     placed: list[dict[str, Any]] = [
@@ -93,58 +102,147 @@ def feature_strips(data: Data, cells: Sequence[Cell], options: Options) -> dict[
         for index, row, column in marks
     ]  # fmt: skip
     pca = [("image", image)]
-    firsts: dict[str, Cell] = {}
-    for cell in (cell for cell in cells if cell.data.spec == data.spec):
-        firsts.setdefault(cell.label, cell)
-    for label, cell in firsts.items():
+    for label, cell in _first_cells(data, cells).items():
         try:
-            maps, stride = features.joint_maps(prepared(cell, options), images)
-            pca.append((label, _uri(features.strip(features.pca_tiles(maps, tile), tile))))
+            maps, stride = joint_maps(prepared(cell, options).eval(), images)
+            pca.append((label, data_uri(strip(pca_tiles(maps, tile), tile))))
             for mark, place in zip(marks, placed, strict=True):
-                tiles = features.similarity_tiles(maps, stride, mark, tile)
-                place["rows"].append((label, _uri(features.strip(tiles, tile))))
+                tiles = similarity_tiles(maps, stride, mark, tile)
+                place["rows"].append((label, data_uri(strip(tiles, tile))))
         except Exception as error:  # a picture must not cost the report
             pca.append((label, f"failed: {error}"))
     return {"name": data.name, "image": image, "pca": pca, "marks": placed}
 
 
-def map_sheets(
-    data: Data, cells: Sequence[Cell], options: Options
-) -> list[tuple[str, list[tuple[str, str]]]]:
+def map_sheets(data: Data, cells: Sequence[Cell], options: Options) -> list[tuple[str, Strips]]:
     """For each encoder of a map its pictures: (title, (caption, data URI)); also as files."""
-    firsts: dict[str, Cell] = {}
-    for cell in (cell for cell in cells if cell.data.spec == data.spec):
-        firsts.setdefault(cell.label, cell)
     folder, sheets = options.out / "pictures", []
     folder.mkdir(exist_ok=True)
-    for label, cell in firsts.items():
-        shown = []
+    for label, cell in _first_cells(data, cells).items():
+        shown, protocol, tile_map = [], cast("Loc2Vec", cell.settings), data.sets[0]
         try:
-            train, judged, _ = judged_tiles(data.sets[0], cell.settings)
+            train, judged, _ = judged_tiles(tile_map, protocol)
             encoder = prepared(cell, options)
             estimate_untrained(encoder, train.tiles)
-            drawn = draw_pictures(encoder, data.sets[0], cell.settings, judged)
-            for name, caption, picture in drawn:
+            for name, caption, picture in draw_pictures(encoder, tile_map, protocol, judged):
                 file = re.sub(r"[^\w.-]", "_", f"{data.name}_{label}_{name}.png")
                 cv2.imwrite(str(folder / file), picture[..., ::-1])
-                shown.append((caption, _uri(picture)))
+                shown.append((caption, data_uri(picture)))
         except Exception as error:  # a picture must not cost the report
             shown.append((f"failed: {error}", ""))
         sheets.append((f"{data.name}: {label}", shown))
     return sheets
 
 
-def _tile(image: np.ndarray) -> tuple[int, int]:
-    return _HEIGHT, round(_HEIGHT * image.shape[1] / image.shape[0])
+def _first_cells(data: Data, cells: Sequence[Cell]) -> dict[str, Cell]:
+    """The first cell of every encoder on a set."""
+    firsts: dict[str, Cell] = {}
+    for cell in (cell for cell in cells if cell.data.spec == data.spec):
+        firsts.setdefault(cell.label, cell)
+    return firsts
 
 
-def _uri(picture: np.ndarray, flat: bool = False) -> str:
-    """A picture as a data URI: PNG for few flat colours, else JPEG."""
-    kind, options = ("png", []) if flat else ("jpeg", [cv2.IMWRITE_JPEG_QUALITY, 88])
-    data = cv2.imencode(f".{kind}", picture[..., ::-1], options)[1].tobytes()
-    return f"data:image/{kind};base64," + base64.b64encode(data).decode()
+def pick_images(
+    dataset: SegmentationSet, unit_of: Callable[[str], str], count: int = 4
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images spread over a set (over its sequences), shrunk and cut to one size.
+
+    Returns:
+        (B, H, W, 3) uint8, (B, H, W) uint8.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, name in enumerate(dataset.names):
+        groups.setdefault(unit_of(name), []).append(index)
+    middles = [part[len(part) // 2] for part in groups.values()]
+    if len(middles) < count:
+        middles = list(range(len(dataset)))
+    # The middles of equal parts: neither the first nor the last.
+    chosen = [middles[int((i + 0.5) * len(middles) / count)] for i in range(count)]
+    images, masks = [], []
+    for item in (dataset[index] for index in dict.fromkeys(chosen)):
+        height, width = item.mask.shape
+        scale = _SIDE / min(height, width)
+        size = (round(width * scale), round(height * scale))
+        images.append(cv2.resize(item.image, size, interpolation=cv2.INTER_AREA))
+        masks.append(cv2.resize(item.mask, size, interpolation=cv2.INTER_NEAREST))
+    # Whole cells of the usual strides, so that maps cover their image exactly.
+    rows, columns = (min(mask.shape[axis] for mask in masks) // 16 * 16 for axis in (0, 1))
+
+    def cut(array: np.ndarray) -> np.ndarray:
+        top, left = (array.shape[0] - rows) // 2, (array.shape[1] - columns) // 2
+        return array[top : top + rows, left : left + columns]
+
+    return np.stack([cut(x) for x in images]), np.stack([cut(x) for x in masks])
 
 
-def short(value: float | None) -> str:
-    """A number for a cell of a table."""
-    return "-" if value is None or np.isnan(value) else f"{value:.3f}"
+def mark_pixels(masks: np.ndarray, each: int = 2) -> list[tuple[int, int, int]]:
+    """Pixels well inside large regions of different classes: (image, row, column) of each."""
+    used: dict[int, int] = {}
+    marks = []
+    for index, mask in enumerate(masks):
+        classes, areas = np.unique(mask[mask != IGNORE], return_counts=True)
+        large = [(used.get(c, 0), -a, c) for c, a in zip(classes.tolist(), areas, strict=True)
+                 if a >= mask.size / 100]  # fmt: skip
+        for _, _, chosen in sorted(large)[:each]:
+            region = np.pad((mask == chosen).astype(np.uint8), 1)
+            inside = cv2.distanceTransform(region, cv2.DIST_L2, 5)[1:-1, 1:-1]
+            row, column = np.unravel_index(int(inside.argmax()), mask.shape)
+            used[chosen] = used.get(chosen, 0) + 1
+            marks.append((index, int(row), int(column)))
+    return marks
+
+
+@torch.no_grad()
+def joint_maps(encoder: Encoder, images: np.ndarray) -> tuple[Tensor, int]:
+    """All levels of (B, H, W, 3) images on one grid: (B, sum C, h, w), and its stride.
+
+    A level has unit length at every cell before it is joined, so that each counts alike.
+
+    Raises:
+        ValueError: features that are not finite.
+    """
+    stride = max(_STRIDE, min(encoder.strides))
+    rows, columns = (-(-side // stride) for side in images.shape[1:3])
+    items = [Labelled(image, image[..., 0], f"picture {i}") for i, image in enumerate(images)]
+    parts = []
+    for _, levels, strides in image_levels(encoder, items, "hypercolumn", 1):
+        same = [
+            F.normalize(to_stride(level, s, stride)[..., :rows, :columns], dim=1)
+            for level, s in zip(levels, strides, strict=True)
+        ]
+        parts.append((torch.cat(same, 1) / len(same) ** 0.5).cpu())
+    return torch.cat(parts), stride
+
+
+def pca_tiles(maps: Tensor, tile: Tile) -> list[np.ndarray]:
+    """Three principal components over all images as colours, one (H, W, 3) uint8 an image."""
+    if maps.shape[1] > 256:  # the decomposition below takes all dimensions at once
+        batch, dim, height, width = maps.shape
+        pixels = maps.permute(0, 2, 3, 1).reshape(-1, dim)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            _, _, basis = torch.pca_lowrank(pixels, q=12, niter=6)
+        maps = (pixels @ basis).view(batch, height, width, -1).permute(0, 3, 1, 2)
+    return [_enlarge(picture, tile) for picture in pca_rgb(maps)]
+
+
+def similarity_tiles(
+    maps: Tensor, stride: int, mark: tuple[int, int, int], tile: Tile
+) -> list[np.ndarray]:
+    """Cosine similarity of every cell of every image to that of a marked pixel, as colours.
+
+    From the smallest (dark) to the largest value over all the images, the mark's own.
+    """
+    index, row, column = mark
+    chosen = maps[index, :, row // stride, column // stride]
+    similarity = torch.einsum("bchw,c->bhw", maps, chosen).numpy()
+    low, high = similarity.min(), similarity.max()
+    scaled = ((similarity - low) / max(high - low, 1e-9) * 255).astype(np.uint8)
+    return [
+        cv2.applyColorMap(_enlarge(picture, tile), cv2.COLORMAP_VIRIDIS)[..., ::-1]
+        for picture in scaled
+    ]
+
+
+def _enlarge(picture: np.ndarray, tile: Tile) -> np.ndarray:
+    return cv2.resize(picture, tile[::-1], interpolation=cv2.INTER_LINEAR)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import platform
 from collections.abc import Sequence
@@ -12,11 +13,12 @@ import timm
 import torch
 from jinja2 import Environment
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 import ssl_flow
 from ssl_flow.evaluation import suite_tables as text
 from ssl_flow.evaluation.outcome import Outcome
-from ssl_flow.evaluation.pictures import palette
+from ssl_flow.evaluation.pictures import data_uri, palette
 from ssl_flow.evaluation.protocols import Data
 from ssl_flow.evaluation.suite import Cell, Options
 from ssl_flow.evaluation.suite_page import PAGE
@@ -25,7 +27,6 @@ from ssl_flow.evaluation.suite_pictures import (
     hardest,
     map_sheets,
     predictions,
-    short,
 )
 from ssl_flow.flow.shard import write_atomically
 from ssl_flow.models import pick_device
@@ -64,105 +65,78 @@ def write_results(
 
 
 def _page(cells: Sequence[Cell], options: Options, results: dict[str, Any]) -> str:
-    tables = results["tables"]
+    tables, bold = results["tables"], Markup("<b>{}</b>").format
     labels = list(dict.fromkeys(cell.label for cell in cells))
-    groups: dict[tuple[Data, str], dict[str, Cell]] = {}
-    sets: dict[str, Data] = {}
+    groups: dict[tuple[Data, str], dict[str, Outcome | None]] = {}
     for cell in cells:  # the first run of each encoder is the one that is shown
-        groups.setdefault((cell.data, cell.settings.name), {}).setdefault(cell.label, cell)
-        sets.setdefault(cell.data.spec, cell.data)
-    parts = [
-        _section(table, data, {k: c.outcome for k, c in firsts.items() if c.outcome})
-        for table, ((data, _), firsts) in zip(tables, groups.items(), strict=True)
-    ]
+        group = groups.setdefault((cell.data, cell.settings.name), {})
+        group.setdefault(cell.label, cell.outcome)
+    summary, sections = [], []
+    for table, ((data, name), firsts) in zip(tables, groups.items(), strict=True):
+        outcomes = {label: outcome for label, outcome in firsts.items() if outcome}
+        headline, rows = table["headline"], table["rows"]
+        line = [table["data"], name, text.pretty(headline)]
+        for row in rows:
+            score = row["scores"].get(headline)
+            shown = text.number(score | {"std": None}) if score else "-"
+            line.append(bold(shown) if row["best"] else shown)
+        found = {row["encoder"]: cell for row, cell in zip(rows, line[3:], strict=True)}
+        summary.append([*line[:3], *(found.get(label, "-") for label in labels)])
+        classes = list(next(iter(outcomes.values())).per_class) if outcomes else []
+        legend = zip(classes, palette(len(classes)).tolist(), strict=False)
+        sections.append({
+            "title": f"{table['data']}: {name}",
+            "grid": text.cells_of(table, bold),
+            "verdict": text.verdict(table),
+            "settings": text.settings_text(table),
+            "split": text.split_text(table),
+            "bars": _bars(table),
+            "per_class": (
+                ["class", *(row["encoder"] for row in rows)],
+                [[k, *(text.short(row["per_class"].get(k)) for row in rows)] for k in classes],
+            ),
+            "strips": predictions(data, outcomes),
+            "legend": list(legend) if len(classes) <= 40 else [],
+            "hardest": hardest(table, data, outcomes),
+        })  # fmt: skip
+    encoders = [(c.label, c.spec, str(c.seed), c.about["encoder"][:16]) for c in cells]
+    sets = {data.spec: data for data, _ in groups}
+    opened = [(d.name, d.kind, d.spec, d.digest[:16]) for d, _ in groups]
     return Environment(autoescape=True, trim_blocks=True).from_string(PAGE).render(
         title=f"Transfer of {len(labels)} frozen encoder{'s' * (len(labels) > 1)}",
-        summary=_summary(tables, labels),
+        summary=(["data", "protocol", "score", *labels], summary),
         note=text.NOTE,
         failures=[f"{c.data.name}, {c.settings.name}, {c.label} ({c.spec}, seed {c.seed}): "
                   f"{c.error}" for c in cells if c.error],
-        tables=parts,
+        tables=sections,
         pictures=[feature_strips(data, cells, options) for data in sets.values()
                   if data.kind != "maps"],
         sheets=[sheet for data in sets.values() if data.kind == "maps"
                 for sheet in map_sheets(data, cells, options)],
-        command=results["command"],
-        date=results["date"],
-        versions=", ".join(f"{k} {v}" for k, v in results["versions"].items()),
-        encoders=(["encoder", "weights from", "seed", "SHA-256"], _unique(
-            [c.label, c.spec, str(c.seed), c.about["encoder"][:16]] for c in cells)),
-        data_sets=(["data", "as", "from", "SHA-256"], _unique(
-            [c.data.name, c.data.kind, c.data.spec, c.data.digest[:16]] for c in cells)),
+        results=results,
+        encoders=(["encoder", "weights from", "seed", "SHA-256"], list(dict.fromkeys(encoders))),
+        data_sets=(["data", "as", "from", "SHA-256"], list(dict.fromkeys(opened))),
     )  # fmt: skip
 
 
-def _unique(rows: Any) -> list[list[str]]:  # noqa: ANN401 (an iterable of rows)
-    return [list(row) for row in dict.fromkeys(tuple(row) for row in rows)]
-
-
-def _summary(tables: Sequence[dict[str, Any]], labels: Sequence[str]) -> tuple[list[str], Any]:
-    """Heads and rows: one row a table, its headline score for every encoder."""
-    lines = []
-    for table in tables:
-        found = {row["encoder"]: row for row in table["rows"] if row["scores"]}
-        line = [table["data"], table["protocol"]["name"], text.pretty(table["headline"])]
-        for label in labels:
-            row, shown = found.get(label), "-"
-            if row:
-                score = row["scores"][table["headline"]] | {"std": None}
-                shown = _marked(text.number(score), row["best"])
-            line.append(shown)
-        lines.append(line)
-    return ["data", "protocol", "score", *labels], lines
-
-
-def _section(table: dict[str, Any], data: Data, outcomes: dict[str, Outcome]) -> dict[str, Any]:
-    heads, rows = text.cells_of(table)
-    classes = list(next(iter(outcomes.values())).per_class) if outcomes else []
-    return {
-        "title": f"{table['data']}: {table['protocol']['name']}",
-        "heads": heads,
-        "rows": [[row[0], _marked(row[1], marked["best"]), *row[2:]]
-                 for row, marked in zip(rows, table["rows"], strict=True)],
-        "verdict": text.verdict(table),
-        "settings": text.settings_text(table),
-        "split": text.split_text(table),
-        "bars": _bars(table),
-        "per_class": (
-            ["class", *(row["encoder"] for row in table["rows"])],
-            [[name] + [short(row["per_class"].get(name)) for row in table["rows"]]
-             for name in classes],
-        ) if classes else None,
-        "strips": predictions(data, outcomes),
-        "legend": [(name, "rgb({}, {}, {})".format(*color)) for name, color in
-                   zip(classes, palette(len(classes)), strict=False)] if len(classes) <= 40 else [],
-        "hardest": hardest(table, data, outcomes),
-    }  # fmt: skip
-
-
-def _bars(table: dict[str, Any]) -> dict[str, Any]:
-    """Places of everything in the bar plot, in its pixels."""
-    scored = [(i, r["encoder"], r["scores"][table["headline"]])
-              for i, r in enumerate(table["rows"]) if r["scores"]]  # fmt: skip
-    top = max((max(s["high"] or 0, *s["seeds"], 1e-9) for _, _, s in scored), default=1.0)
-    step = next(s for s in (f * 10.0**e for e in range(-9, 9) for f in (1, 2, 5)) if top / s <= 6)
-    left, width = 230, 760
-
-    def x(value: float) -> float:
-        return round(left + max(value, 0) / top * (width - left - 30), 1)
-
-    rows = [
-        {"label": label, "y": 20 + 26 * n, "length": x(s["value"]) - left,
-         "color": _COLORS[i % len(_COLORS)], "low": None if s["low"] is None else x(s["low"]),
-         "high": x(s["high"] or 0),
-         "seeds": [x(v) for v in s["seeds"]] if len(s["seeds"]) > 1 else []}
-        for n, (i, label, s) in enumerate(scored)
-    ]  # fmt: skip
-    ticks = [{"x": x(k * step), "text": f"{k * step:g}"} for k in range(int(top / step) + 1)]
-    bottom = 12 + 26 * len(rows)
-    return {"rows": rows, "ticks": ticks, "left": left, "width": width, "bottom": bottom,
-            "height": bottom + 36, "name": text.pretty(table["headline"])}  # fmt: skip
-
-
-def _marked(cell: str, best: bool) -> str:
-    return Markup("<b>{}</b>").format(cell) if best else cell
+def _bars(table: dict[str, Any]) -> str:
+    """The headline's values with their intervals, single runs as dots, as a picture."""
+    rows = [(r["encoder"], r["scores"][table["headline"]]) for r in table["rows"] if r["scores"]]
+    if not rows:
+        return ""
+    figure = Figure((7.6, 0.7 + 0.27 * len(rows)), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for place, (_, score) in enumerate(rows):
+        axes.barh(place, score["value"], color=_COLORS[place % len(_COLORS)], alpha=0.75)
+        if score["low"] is not None:
+            axes.plot([score["low"], score["high"]], [place, place], "k|-", linewidth=1.6)
+        if len(score["seeds"]) > 1:
+            axes.plot(score["seeds"], [place] * len(score["seeds"]), "o", mfc="w", mec="k", ms=4)
+    labels = [label if len(label) <= 32 else label[:31] + "…" for label, _ in rows]
+    axes.set_yticks(range(len(rows)), labels, parse_math=False)
+    axes.invert_yaxis()
+    axes.set_xlabel(text.pretty(table["headline"]))
+    axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer)
+    return data_uri(buffer.getvalue())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from ssl_flow.evaluation.intervals import Interval, better, interval_of_outcomes
 from ssl_flow.evaluation.outcome import Outcome, mean_per_class
-from ssl_flow.evaluation.protocols import Data, describe
+from ssl_flow.evaluation.protocols import Data
 from ssl_flow.evaluation.suite import Cell
 
 NOTE = (
@@ -53,28 +53,21 @@ def _table(data: Data, cells: list[Cell]) -> dict[str, Any]:
         if outcomes:
             groups = [data.unit_of(item) for item in outcomes[0].items]
             found = {name: _interval(outcomes, name, groups) for name in outcomes[0].scores}
-            headline = next(iter(found))
-            headlines[label], units = found[headline], len(set(groups))
-            row["scores"] = {name: _as_dict(interval) for name, interval in found.items()}
+            headline, headlines[label] = next(iter(found.items()))
+            units = len(set(groups))
+            for name, x in found.items():
+                low, high = (None if math.isnan(end) else end for end in (x.low, x.high))
+                row["scores"][name] = {"value": x.value, "low": low, "high": high,
+                                       "std": x.spread, "seeds": list(x.seeds)}  # fmt: skip
     larger = not smaller_is_better(headline)
+    best = (max if larger else min)((x.value for x in headlines.values()), default=None)
     for row in (row for row in rows if row["encoder"] in headlines):
-        others = dict(headlines)
-        own = others.pop(row["encoder"])
-        row["best"] = all(
-            own.value >= o.value if larger else own.value <= o.value for o in others.values()
-        )
-        row["better_than"] = [k for k, other in others.items() if better(own, other, larger)]
-    return {
-        "data": data.name,
-        "spec": data.spec,
-        "data_sha256": data.digest,
-        "about": data.about,
-        "protocol": describe(cells[0].settings),
-        "headline": headline,
-        "unit": data.unit,
-        "units": units,
-        "rows": rows,
-    }
+        own = headlines[row["encoder"]]
+        row["best"] = own.value == best
+        row["better_than"] = [k for k, other in headlines.items() if better(own, other, larger)]
+    return {"data": data.name, "spec": data.spec, "data_sha256": data.digest, "about": data.about,
+            "protocol": cells[0].settings.describe(), "headline": headline, "unit": data.unit,
+            "units": units, "rows": rows}  # fmt: skip
 
 
 def smaller_is_better(score: str) -> bool:
@@ -92,38 +85,27 @@ def _interval(outcomes: Sequence[Outcome], score: str, groups: Sequence[str]) ->
     return replace(found, value=float(np.mean(seeds)), seeds=seeds)
 
 
-def _as_dict(interval: Interval) -> dict[str, Any]:
-    low, high = (None if math.isnan(x) else x for x in (interval.low, interval.high))
-    return {"value": interval.value, "low": low, "high": high, "std": interval.spread,
-            "seeds": list(interval.seeds)}  # fmt: skip
-
-
 def as_csv(found: Sequence[dict[str, Any]]) -> str:
     """One line for each set, protocol, encoder and score; the classes' scores are `class NAME`."""
     file = io.StringIO()
     columns = ["data", "protocol", "version", "encoder", "score", "value", "low", "high", "std",
                "runs", "failed", "best", "better_than"]  # fmt: skip
-    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     for table in found:
+        protocol, headline = table["protocol"], table["headline"]
         for row in table["rows"]:
             line = {
-                "data": table["data"],
-                "protocol": table["protocol"]["name"],
-                "version": table["protocol"]["version"],
-                "encoder": row["encoder"],
-                "runs": len(row["runs"]),
+                "data": table["data"], "protocol": protocol["name"], "encoder": row["encoder"],
+                "version": protocol["version"], "runs": len(row["runs"]),
                 "failed": sum(bool(run["error"]) for run in row["runs"]),
-            }
+            }  # fmt: skip
             marks = {"best": int(row["best"]), "better_than": "; ".join(row["better_than"])}
-            for name, score in row["scores"].items():
-                numbers = {key: score[key] for key in ("value", "low", "high", "std")}
-                mark = marks if name == table["headline"] else {}
-                writer.writerow(line | {"score": name} | numbers | mark)
+            for name, score in (row["scores"] or {headline: {}}).items():
+                mark = marks if score and name == headline else {}
+                writer.writerow(line | {"score": name} | score | mark)
             for name, value in row["per_class"].items():
                 writer.writerow(line | {"score": f"class {name}", "value": value})
-            if not row["scores"]:
-                writer.writerow(line | {"score": table["headline"]})
     return file.getvalue()
 
 
@@ -131,18 +113,16 @@ def as_markdown(found: Sequence[dict[str, Any]]) -> str:
     """A table for each set and protocol, with the protocol below it."""
     lines: list[str] = []
     for table in found:
-        heads, rows = cells_of(table)
+        heads, rows = cells_of(table, "**{}**".format)
         lines += [f"### {table['data']}: {table['protocol']['name']}", ""]
         lines += ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
-        for row, marked in zip(rows, table["rows"], strict=True):
-            shown = [row[0], f"**{row[1]}**" if marked["best"] else row[1], *row[2:]]
-            lines.append("| " + " | ".join(text.replace("|", "\\|") for text in shown) + " |")
+        lines += ["| " + " | ".join(x.replace("|", "\\|") for x in row) + " |" for row in rows]
         lines += ["", verdict(table), "", f"Protocol: {settings_text(table)}. {split_text(table)}"]
         lines.append("")
     return "\n".join([*lines, NOTE])
 
 
-def cells_of(table: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def cells_of(table: dict[str, Any], bold: Callable[[str], str]) -> tuple[list[str], list[Any]]:
     """Heads and cells of a table: encoder, scores, and the classes where there are but two."""
     names = list(next((row["scores"] for row in table["rows"] if row["scores"]), {}))
     classes = next((list(row["per_class"]) for row in table["rows"] if row["per_class"]), [])
@@ -150,13 +130,12 @@ def cells_of(table: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     heads = ["encoder", *map(pretty, names or [table["headline"]]), *classes, "runs"]
     rows = []
     for row in table["rows"]:
-        shown = [number(row["scores"][name]) if row["scores"] else "-" for name in names]
-        shown += [_plain(row["per_class"].get(name)) for name in classes]
-        errors = [run["error"] for run in row["runs"] if run["error"]]
-        runs = str(len(row["runs"]))
-        if errors:
-            runs = f"{len(errors)} of {runs} failed: {errors[0]}"
-        rows.append([row["encoder"], *(shown or ["-"]), runs])
+        shown = [number(row["scores"][name]) if row["scores"] else "-" for name in names] or ["-"]
+        shown[0] = bold(shown[0]) if row["best"] else shown[0]
+        shown += [short(row["per_class"].get(name)) for name in classes]
+        runs, errors = str(len(row["runs"])), [r["error"] for r in row["runs"] if r["error"]]
+        runs = f"{len(errors)} of {runs} failed: {errors[0]}" if errors else runs
+        rows.append([row["encoder"], *shown, runs])
     return heads, rows
 
 
@@ -200,5 +179,6 @@ def split_text(table: dict[str, Any]) -> str:
     return f"Data: {table['spec']}; {'; '.join(parts)}. {over}"
 
 
-def _plain(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def short(value: float | None) -> str:
+    """A number for a cell of a table."""
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"

@@ -46,18 +46,10 @@ def boundary_f(prediction: np.ndarray, truth: np.ndarray, tolerance: float = 0.0
 def sequence_scores(
     predictions: Iterable[np.ndarray], truths: Iterable[np.ndarray], objects: int
 ) -> np.ndarray:
-    """J and F of every object in every frame but the first (which is given) and the last.
+    """J and F (objects, T - 2, 2) in every frame but the first (which is given) and the last.
 
-    Args:
-        predictions: T index maps (H, W), 0 = background, 1..objects; may be a generator.
-        truths: T index maps of the same sizes.
-        objects: how many are scored.
-
-    Returns:
-        (objects, T - 2, 2) float64.
-
-    Raises:
-        ValueError: fewer than three frames, unequal lengths or sizes, an index above `objects`.
+    Of T index maps (H, W) each, 0 = background, 1..objects. ValueError for fewer than three frames,
+    unequal lengths or sizes, an index above `objects`.
     """
     frames = []
     for index, (prediction, truth) in enumerate(zip(predictions, truths, strict=True)):
@@ -75,14 +67,11 @@ def sequence_scores(
 
 
 def davis_summary(sequences: Sequence[np.ndarray]) -> dict[str, float]:
-    """Scores of a set: the mean over all objects of each object's statistics over its frames.
+    """Means over all objects of each object's statistics over its frames.
 
-    Args:
-        sequences: (objects, frames, 2) of each sequence, from `sequence_scores`.
-
-    Returns:
-        `J&F mean` first, then for J and F: `mean`; `recall`, the share of frames above 0.5;
-        `decay`, the mean of the first quarter of the frames minus that of the last.
+    Of (objects, frames, 2) of each sequence, from `sequence_scores`: `J&F mean` first, then for J
+    and F: `mean`; `recall`, the share of frames above 0.5; `decay`, the mean of the first quarter
+    of the frames minus that of the last.
     """
     objects = [scores for sequence in sequences for scores in sequence]  # (frames, 2) each
     statistics = {

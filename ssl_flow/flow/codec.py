@@ -1,4 +1,4 @@
-"""Flow as a few kilobytes: 16-bit fixed point, as `q16` (compact) or as `png` (KITTI's encoding).
+"""Flow as a few kilobytes of 16-bit fixed point, `q16` (compact) or `png` (KITTI's); as a picture.
 
 `q16` rounds to 1/16 pixel, far below the error of the estimators (0.25 px and more). Flow is
 smooth: its second difference, across and down, is mostly within some steps of zero. Zigzag coding
@@ -25,8 +25,6 @@ _MAGIC, _Q16_VERSION, _STEPS = b"SFQ", 1, 16  # steps per pixel
 _HEADER = struct.Struct("<3sBHHHH")  # magic, version, height, width, steps per pixel, 0
 _CRC = struct.Struct("<I")
 _LEVEL = 3  # of zstd; 9 saves another tenth in five times the time
-
-_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _KITTI_STEPS, _KITTI_ZERO = 64, 2**15
 
 
@@ -34,11 +32,8 @@ def encode_flow(flow: NDArray[np.float32], codec: str = "q16") -> bytes:
     """Encode a flow (H, W, 2) in pixels, x right, y down.
 
     "q16" rounds to 1/16 pixel, "png", KITTI's, to 1/64. Values beyond -2048 ... +2047.9375 pixels
-    (`png`: -512 ... +511.98) are stored as those limits.
-
-    Raises:
-        ValueError: unknown codec, the shape is not (H, W, 2), empty or larger than `MAX_PIXELS`, or
-            a value is not finite.
+    (`png`: -512 ... +511.98) are stored as those limits. ValueError: unknown codec, the shape is
+    not (H, W, 2), empty or larger than `MAX_PIXELS`, or a value is not finite.
     """
     if codec not in CODECS:
         raise ValueError(f"unknown codec {codec!r}; known: {', '.join(CODECS)}")
@@ -55,23 +50,18 @@ def decode_flow(data: bytes) -> NDArray[np.float32]:
 
     Also read are the 16-bit grey PNGs of version-1 stores, and KITTI's own files, where a pixel
     marked as unknown becomes NaN. Memory is bounded by `MAX_PIXELS` whatever the data say.
-
-    Raises:
-        ValueError: `data` is none of these, or damaged.
+    ValueError: `data` is none of these, or damaged.
     """
-    if data[: len(_MAGIC)] == _MAGIC:
+    if data.startswith(_MAGIC):
         return _decode_q16(data)
-    if data[: len(_PNG_MAGIC)] == _PNG_MAGIC:
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return _decode_png(data)
     raise ValueError("not an encoded flow: neither q16 nor a 16-bit PNG")
 
 
 def png(image: NDArray, options: list[int]) -> bytes:
     """Encode an image, grey or BGR, as PNG with OpenCV's `options`."""
-    ok, data = cv2.imencode(".png", image, options)
-    if not ok:
-        raise ValueError(f"cannot encode an image of shape {image.shape} as PNG")
-    return data.tobytes()
+    return cv2.imencode(".png", image, options)[1].tobytes()
 
 
 def _check_size(height: int, width: int) -> None:
@@ -110,17 +100,16 @@ def _decode_q16(data: bytes) -> NDArray[np.float32]:
     if len(data) < start:
         raise ValueError("damaged q16 flow: shorter than its header")
     _, version, height, width, steps, _ = _HEADER.unpack_from(data)
-    (crc,) = _CRC.unpack_from(data, _HEADER.size)
     if version != _Q16_VERSION:
         raise ValueError(f"q16 flow of version {version}, this ssl_flow reads {_Q16_VERSION}")
     payload = data[start:]
-    if zlib.crc32(payload, zlib.crc32(data[: _HEADER.size])) != crc:
+    crc = zlib.crc32(payload, zlib.crc32(data[: _HEADER.size]))
+    if _CRC.unpack_from(data, _HEADER.size) != (crc,):
         raise ValueError("damaged q16 flow: its checksum is wrong")
     # The checksum stops accidents, not malice: what is allocated is bounded before it is.
     _check_size(height, width)
-    size = 4 * height * width
     try:
-        if steps == 0 or zstandard.frame_content_size(payload) != size:
+        if steps == 0 or zstandard.frame_content_size(payload) != 4 * height * width:
             raise ValueError("damaged q16 flow: its header and its contents disagree")
         raw = zstandard.ZstdDecompressor().decompress(payload, allow_extra_data=False)
     except zstandard.ZstdError as error:
@@ -136,9 +125,8 @@ def _decode_q16(data: bytes) -> NDArray[np.float32]:
 
 
 def _encode_kitti(flow: NDArray[np.float32]) -> bytes:
-    planes = _fixed(flow, _KITTI_STEPS).astype(np.int32) + _KITTI_ZERO
     image = np.ones((*flow.shape[:2], 3), np.uint16)  # OpenCV's order: valid, v, u
-    image[..., 2], image[..., 1] = planes
+    image[..., 2], image[..., 1] = _fixed(flow, _KITTI_STEPS).astype(np.int32) + _KITTI_ZERO
     # Measured on real flow: the RLE strategy makes smaller files than the default one in the same
     # time, because little but runs is left once neighbours are subtracted.
     strategy = [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]
@@ -161,3 +149,28 @@ def _decode_png(data: bytes) -> NDArray[np.float32]:
         flow[image[..., 0] == 0] = np.nan
         return np.ascontiguousarray(flow)
     raise ValueError("not an encoded flow: the PNG is neither KITTI's nor a version-1 store's")
+
+
+def flow_to_rgb(flow: NDArray[np.float32], max_magnitude: float | None = None) -> NDArray[np.uint8]:
+    """Colour a flow (H, W, 2) by the Middlebury wheel: hue is direction, saturation length.
+
+    `max_magnitude` is the length in pixels drawn fully saturated, to which longer vectors are
+    shortened; None takes the longest of this flow. Returns (H, W, 3) RGB uint8, white where nothing
+    moves. ValueError: the shape is not (H, W, 2), or `max_magnitude` is not positive.
+    """
+    import torch
+    from torchvision.utils import flow_to_image
+
+    if flow.ndim != 3 or flow.shape[2] != 2:
+        raise ValueError(f"flow must be (H, W, 2), got {flow.shape}")
+    if max_magnitude is not None:
+        if max_magnitude <= 0:
+            raise ValueError(f"max_magnitude must be positive, got {max_magnitude}")
+        length = np.linalg.norm(flow, axis=-1, keepdims=True)
+        flow = flow / np.maximum(length / max_magnitude, 1)
+        # flow_to_image scales by the longest vector: one pixel outside the picture sets the scale.
+        flow = np.pad(flow, ((0, 1), (0, 0), (0, 0)))
+        flow[-1, 0] = (max_magnitude, 0)
+    picture = flow_to_image(torch.from_numpy(np.ascontiguousarray(flow)).permute(2, 0, 1).float())
+    rgb = picture.permute(1, 2, 0).numpy()
+    return np.ascontiguousarray(rgb[:-1] if max_magnitude is not None else rgb)

@@ -1,30 +1,36 @@
-"""The command `ssl-flow flow`: from videos to a store of flow."""
+"""The command `ssl-flow flow`: from videos to a store of flow, or what that would be."""
 
 from __future__ import annotations
 
 import ast
+import os
+import random
 import signal
 import sys
-import threading
+import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
-from .extract import Summary, check_settings, extract
-from .job import Settings
-from .options import OPTIONS, Option
-from .plan import Plan, make_plan
-from .pool import TIMEOUT
-from .problems import PROBLEMS_FILE, ProblemError
-from .sources import find_sources, part_of
-from .store import DUPLICATES_FILE, FlowStore
+from . import pool
+from .estimators import OPTIONS, Option
+from .extract import ProblemError, Summary, check_settings, extract
+from .job import Settings, extract_source, with_signs
+from .shard import finished
+from .sources import Source, find_sources, part_of
+from .store import DUPLICATES_FILE, PROBLEMS_FILE, FlowStore
+from .video import Frame
 
 _NAMED = 50  # problems that are printed
+_SAMPLES = 12.0  # seconds that a dry run spends on computing pairs at most
+_ONE = 1.5  # of these, on one video
 
 
 @dataclass
@@ -61,7 +67,7 @@ class FlowCommand:
     """local: processes of this machine. ray: tasks of Ray, on one machine or a cluster."""
     strict: bool = False
     """Stop at the first video that cannot be used completely, with exit code 1."""
-    timeout: float = TIMEOUT
+    timeout: float = pool.TIMEOUT
     """Seconds in which not even a damaged packet is read, and no pair made, after which a video is
     given up; 0: never."""
     dry_run: bool = False
@@ -71,48 +77,53 @@ class FlowCommand:
 def flow_command(argv: Sequence[str]) -> int:
     """Run `ssl-flow flow`; returns the exit code, see docs/store.md."""
     command = tyro.cli(FlowCommand, args=list(argv), prog="ssl-flow flow")
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(signal.SIGTERM, interrupt)  # ends the call as Ctrl-C does
     try:
-        with _terminable():
-            return _run(command)
-    except KeyboardInterrupt as interrupt:
+        return _run(command)
+    except KeyboardInterrupt as interruption:
         kept = "videos that were finished are kept, repeat the call to go on"
-        _say(f"ssl-flow flow: stopped; {kept}", sys.stderr)
-        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+        _say(f"ssl-flow flow: stopped; {kept}", error=True)
+        return 128 + (interruption.args[0] if interruption.args else signal.SIGINT)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        _say(f"ssl-flow flow: error: {error}", sys.stderr)
+        _say(f"ssl-flow flow: error: {error}", error=True)
         return 1 if isinstance(error, ProblemError) else 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(command: FlowCommand) -> int:
-    workers, device, timeout = command.workers, command.device, command.timeout
-    if workers < 1 or timeout < 0:
-        raise ValueError(f"--workers must be at least 1, --timeout 0; got {workers}, {timeout:g}")
-    part = _parse_part(command.shard)
+    if command.workers < 1 or command.timeout < 0:
+        raise ValueError(
+            f"--workers must be at least 1, --timeout 0; got {command.workers}, {command.timeout:g}"
+        )
+    number, slash, count = command.shard.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise ValueError(
+            f"--shard expects i/n with i from 1 to n, such as 2/8, got {command.shard!r}"
+        )
+    part = int(number), int(count)
     sources, problems = find_sources(command.paths)
-    settings = Settings(
-        command.method,
-        dict(_parse_option(text) for text in command.option),
-        command.size,
-        command.gap,
-        command.every,
-        command.consistency,
-        command.codec,
-    )
+    options = dict(_parse_option(text) for text in command.option)
+    chosen: dict[str, Any] = {
+        field.name: getattr(command, field.name, options) for field in fields(Settings)
+    }
+    how: dict[str, Any] = {key: getattr(command, key) for key in ("workers", "device", "timeout")}
     if command.dry_run:
-        settings, sources = check_settings(settings, device), part_of(sources, *part)
-        plan = make_plan(sources, command.out, settings, workers, device, timeout)
-        _print_plan(plan, command, len(problems))
+        settings = check_settings(Settings(**chosen), command.device)
+        _say(make_plan(part_of(sources, *part), command.out, settings, **how))
         return 0
     summary = extract(
         sources,
         command.out,
-        **asdict(settings),
-        workers=workers,
-        device=device,
+        **chosen,
+        **how,
         part=part,
         engine=command.engine,
         strict=command.strict,
-        timeout=timeout,
         problems=problems if part[0] == 1 else (),  # else each part would name them
         progress=True,
     )
@@ -120,35 +131,10 @@ def _run(command: FlowCommand) -> int:
     if part[1] > 1:
         last = "the same command without --shard, or merge-flow for stores of their own"
         _say(f"manifest and duplicates are written when all parts are done, by {last}")
-        return 0
-    if summary.pairs + summary.known_pairs == 0 and len(FlowStore(command.out)) == 0:
-        _say(f"ssl-flow flow: error: {command.out} holds no pair", sys.stderr)
+    elif summary.pairs + summary.known_pairs == 0 and len(FlowStore(command.out)) == 0:
+        _say(f"ssl-flow flow: error: {command.out} holds no pair", error=True)
         return 1
     return 0
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM end the block as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt(number)
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _parse_part(text: str) -> tuple[int, int]:
-    number, slash, count = text.partition("/")
-    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise ValueError(f"--shard expects i/n with i from 1 to n, such as 2/8, got {text!r}")
-    return int(number), int(count)
 
 
 def _parse_option(text: str) -> tuple[str, Option]:
@@ -181,23 +167,48 @@ def _print_summary(summary: Summary, out: Path) -> None:
     )
 
 
-def _print_plan(plan: Plan, command: FlowCommand, problems: int) -> None:
-    todo = plan.sources - plan.already_done
-    _say(
-        f"{command.out}: {todo} of {plan.sources} videos to do ({plan.already_done} already done"
-        + (f", {problems} others are no readable files" if problems else "")
-        + f"), about {_hours(plan.video_seconds)} of video by their headers"
-    )
-    if todo and not plan.sampled:
-        _say("none of those that were tried could be read: no estimate")
+def make_plan(
+    sources: Sequence[Source],
+    out: str | Path,
+    settings: Settings,
+    workers: int = 1,
+    device: str = "cpu",
+    timeout: float = pool.TIMEOUT,
+) -> str:
+    """Say what `extract` would do, and estimate it; nothing is written to the store.
+
+    The first pairs of some videos, a random choice, are computed for about twelve seconds, in a
+    process that may hang or die. That is exact to some ten percent where the videos are alike, and
+    to a factor of two where they are not.
+    """
+    todo = [source for source in sources if finished(Path(out), source.name) is None]
+    random.Random(0).shuffle(todo)
+    tried, good, begin = 0, [(0.0, 0.0, 0.0, 0, 0)], time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        job = partial(_sample, store=Path(scratch), settings=settings, device=device)
+        with closing(pool.run(todo, job, 1, lambda *_: None, timeout)) as results:
+            for _, result, _ in results:
+                tried += 1
+                good += [result] if result is not None else []
+                if time.perf_counter() - begin > _SAMPLES:
+                    break
+    length, covered, spent, pairs, size = map(sum, zip(*good, strict=True))
+    seconds = length / max(tried, 1) * len(todo)
+    scale = seconds / covered if covered else 0.0
+    spent_by_all = spent * scale / max(1, min(workers, os.cpu_count() or 1, len(todo)))
+    lines = [
+        f"{out}: {len(todo)} of {len(sources)} videos to do ({len(sources) - len(todo)} already "
+        f"done), about {_hours(seconds)} of video"
+    ]
+    if len(good) > 1:
+        lines += [
+            f"about {pairs * scale:,.0f} pairs, {size * scale / 1e9:.3g} GB, "
+            f"{_hours(spent_by_all)} with {workers} worker(s); estimated from {pairs} pairs of "
+            f"{len(good) - 1} videos, {tried - len(good) + 1} more could not be read"
+        ]
     elif todo:
-        _say(
-            f"about {plan.pairs:,.0f} pairs, {plan.bytes / 1e9:.3g} GB, {_hours(plan.seconds)} "
-            f"with {command.workers} worker(s); estimated from {plan.sampled_pairs} pairs of "
-            f"{plan.sampled} videos"
-            + (f", {plan.unusable} more could not be read" if plan.unusable else "")
-        )
-    _say("nothing was written (--dry-run)")
+        lines += ["none of those that were tried could be read: no estimate"]
+    return "\n".join([*lines, "nothing was written (--dry-run)"])
 
 
 def _hours(seconds: float) -> str:
@@ -206,8 +217,35 @@ def _hours(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def _say(text: str, stream: object = None) -> None:
+def _sample(
+    source: Source, tick: pool.Tick, store: Path, settings: Settings, device: str
+) -> tuple[float, float, float, int, int] | None:
+    """Extract the beginning: seconds of video, of these read, spent; pairs, bytes of the tar."""
+    begin, share = time.perf_counter(), 0.0
+    times: list[float] = []
+
+    def beginning(short_side: int | None) -> Iterator[Frame]:
+        nonlocal share
+        times.clear()  # gap "auto" looks at it first
+        end = time.perf_counter() + _ONE
+        for frame in with_signs(source, tick)(short_side):
+            times.append(frame.time)
+            share = frame.share
+            yield frame
+            if time.perf_counter() > end:
+                return
+        share = 1.0
+
+    index, _ = extract_source(replace(source, frames=beginning), tick, store, settings, device)
+    if index is None:
+        return None
+    covered = (times[-1] - times[0]) * len(times) / max(len(times) - 1, 1)
+    length = covered / share if share else covered
+    return length, covered, time.perf_counter() - begin, index["pairs"], index["tar_bytes"]
+
+
+def _say(text: str, error: bool = False) -> None:
     """Print, whatever bytes the name of a file has and whatever the terminal can show."""
-    file = stream or sys.stdout
-    encoding = getattr(file, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=file)  # type: ignore
+    file = sys.stderr if error else sys.stdout
+    encoding = file.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=file)

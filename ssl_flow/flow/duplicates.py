@@ -1,11 +1,10 @@
 """Pictures and videos that a collection holds twice, found by perceptual hashes.
 
 The hash says which of the 8 x 8 lowest frequencies of a picture are above their median: 64 bits
-that survive another size, another encoder and another brightness (C. Zauner, "Implementation and
-Benchmarking of Perceptual Image Hash Functions", 2010, section 3.2.1). Measured on 20 clips
-encoded again at 240 lines and a coarse quantiser: 99 % of the frames within `NEAR` bits of their
-original, no frame within `NEAR` bits of any other clip, not even where two show one person in one
-room (at 6 bits there are some). A difference hash has 89 %, and 7 % for those two clips.
+that survive another size, encoder and brightness (C. Zauner, "Implementation and Benchmarking of
+Perceptual Image Hash Functions", 2010, section 3.2.1). Measured on 20 clips encoded again at 240
+lines and a coarse quantiser: 99 % of the frames within `NEAR` bits of their original, no frame
+within `NEAR` bits of any other clip, not even of one person in one room (at 6 bits there are some).
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ NEAR = 4  # bits of 64 in which two hashes of the same picture may differ
 # What makes a video a duplicate: such a share of its pictures is near one of the other's, and so
 # many. Pictures that are near each other count as one: of a fixed camera all are, and another scene
 # before the same background has the same.
-MOST = 0.9
-FEWEST = 5
+MOST, FEWEST = 0.9, 5
 # Grey levels, the largest difference of two 32 x 32 pictures. 95 % of frames that come twice in one
 # video are below it. The mean difference is as small in a static scene where a small thing moves.
 SAME_PICTURE = 8
@@ -34,18 +32,8 @@ _ONES = np.array([number.bit_count() for number in range(256)], np.uint8)
 Hashes = NDArray[np.uint64]
 
 
-def frame_hash(grey: NDArray[np.uint8]) -> int:
-    """Return the 64-bit perceptual hash of a grey picture (H, W), `PLAIN` if it shows nothing."""
-    return Thumbnail(grey).hash
-
-
-def near(a: int, b: int, distance: int = NEAR) -> bool:
-    """Tell that two hashes differ in at most `distance` bits; plain pictures are near nothing."""
-    return PLAIN not in (a, b) and (a ^ b).bit_count() <= distance
-
-
 class Thumbnail:
-    """A grey picture (H, W) at 32 x 32 pixels, and its hash."""
+    """A grey picture (H, W) at 32 x 32 pixels, and its hash: `PLAIN` if it shows nothing."""
 
     def __init__(self, grey: NDArray[np.uint8]) -> None:
         """Shrink the picture and hash it."""
@@ -97,54 +85,48 @@ class RepeatedPairs:
 def find_duplicate_sources(hashes: Mapping[str, Sequence[int] | Hashes]) -> dict[str, str]:
     """Find videos that are in a collection twice: copied, encoded again, or cut out of another.
 
-    A video is a duplicate of another if at least `MOST` of its pictures are near one of the other's
-    (hashes stand for pictures), and at least `FEWEST`: better miss a copy than name a wrong one.
-    Of two that are so of each other, the one whose name comes first is the original; else the one
-    that holds the other is. The answer depends on `hashes` alone, not on their order, and the time
-    grows with the number of hashes (times its logarithm), not with its square.
+    `hashes` are, by the video's name, those of the first frame of each of its pairs. A video is a
+    duplicate of another if at least `MOST` of its pictures are near one of the other's (hashes
+    stand for pictures), and at least `FEWEST`: better miss a copy than name a wrong one. Of two
+    that are so of each other, the one whose name comes first is the original; else the one that
+    holds the other is. The answer depends on `hashes` alone, not on their order, and the time grows
+    with the number of hashes (times its logarithm), not with its square.
 
-    Args:
-        hashes: name of the video -> `frame_hash` of the first frame of each of its pairs.
-
-    Returns:
-        Name of the duplicate -> name of the original, which is itself no duplicate.
+    Returns name of the duplicate -> name of the original, which is itself no duplicate.
     """
     names = sorted(hashes)
-    all_hashes = [_unique(hashes[name]) for name in names]
-    samples = [_sample(found) for found in all_hashes]
+    unique = [np.unique(np.asarray(hashes[name], np.uint64)) for name in names]
+    unique = [np.asarray(found[found != PLAIN], np.uint64) for found in unique]
+    # Chosen by value, not by place: so the same pictures are chosen in a shortened copy. Fibonacci
+    # hashing; overflow is wanted.
+    scrambled = [found * np.uint64(0x9E3779B97F4A7C15) for found in unique]
+    orders = [np.argsort(values, kind="stable")[:_SAMPLED] for values in scrambled]
+    samples = [found[order] for found, order in zip(unique, orders, strict=True)]
     original: dict[int, int] = {}
 
     def is_copy(copy: int, other: int) -> bool:
-        return _is_copy(samples[copy], all_hashes[other])
+        pictures = hits = 0
+        left = samples[copy]
+        while len(left):
+            hits += bool((_distance(left[0], unique[other]) <= NEAR).any())
+            pictures += 1
+            left = left[_distance(left[0], left) > NEAR]
+        return hits >= max(FEWEST, MOST * pictures)
 
     def root(number: int) -> int:
         while number in original:
             number = original[number]
         return number
 
-    for first, second in _candidates(samples):
-        a, b = root(first), root(second)
-        if a == b:
-            continue
-        a, b = min(a, b), max(a, b)
-        if is_copy(b, a):
+    for pair in _candidates(samples):
+        a, b = sorted(map(root, pair))
+        if a != b and is_copy(b, a):
             original[b] = a
-        elif is_copy(a, b):
+        elif a != b and is_copy(a, b):
             original[a] = b
     # A copy of a copy, each a little off, may be none of the original.
     pairs = [(number, root(number)) for number in sorted(original)]
     return {names[copy]: names[other] for copy, other in pairs if is_copy(copy, other)}
-
-
-def _unique(hashes: Sequence[int] | Hashes) -> Hashes:
-    found = np.unique(np.asarray(hashes, np.uint64))
-    return np.asarray(found[found != PLAIN], np.uint64)
-
-
-def _sample(hashes: Hashes) -> Hashes:
-    """Choose by value, not by place: so the same pictures are chosen in a shortened copy."""
-    scrambled = hashes * np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing; overflow is wanted
-    return hashes[np.argsort(scrambled, kind="stable")[:_SAMPLED]]
 
 
 def _candidates(samples: list[Hashes]) -> list[tuple[int, int]]:
@@ -155,8 +137,7 @@ def _candidates(samples: list[Hashes]) -> list[tuple[int, int]]:
     one, which is not enough. In each bucket a hash is paired with the first and with the one before
     it only, so that a thousand copies of one video make thousands of pairs and not a million.
     """
-    lengths = np.array([len(sample) for sample in samples], np.int64)
-    owners = np.repeat(np.arange(len(samples)), lengths)
+    owners = np.repeat(np.arange(len(samples)), [len(sample) for sample in samples])
     if len(owners) == 0:
         return []
     quarters = np.concatenate(samples).astype("<u8").view("<u2").reshape(-1, 4).astype(np.uint32)
@@ -173,17 +154,6 @@ def _candidates(samples: list[Hashes]) -> list[tuple[int, int]]:
     pairs, choices = np.unique(np.concatenate(found), return_counts=True)
     a, b = np.divmod(pairs[choices >= 2], len(samples))
     return list(zip(a.tolist(), b.tolist(), strict=True))
-
-
-def _is_copy(sample: Hashes, others: Hashes) -> bool:
-    """Tell that what `sample` shows is seen in `others`; see `find_duplicate_sources`."""
-    pictures = hits = 0
-    left = sample
-    while len(left):
-        hits += bool((_distance(left[0], others) <= NEAR).any())
-        pictures += 1
-        left = left[_distance(left[0], left) > NEAR]
-    return hits >= max(FEWEST, MOST * pictures)
 
 
 def _distance(a: Hashes, b: Hashes) -> NDArray[np.uint8]:

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -21,19 +21,20 @@ from . import pool
 from .codec import CODECS
 from .estimators import MIN_SIZE, Option, method_options, optical_flows
 from .job import Settings, extract_source
-from .lock import store_lock
-from .options import nearest
-from .problems import ProblemList, read_problems
-from .progress import Bar
-from .shard import (
-    VERSION,
-    StoreError,
-    finished,
-    replacing,
-    shard_path,
-)
+from .shard import VERSION, StoreError, finished, shard_path, store_lock, write_atomically
 from .sources import Problem, Source, fingerprint, part_of
-from .store import SETTINGS_FILE, differing, is_store, read_settings, write_lists
+from .store import (
+    SETTINGS_FILE,
+    differing,
+    is_store,
+    read_settings,
+    update_problems,
+    write_lists,
+)
+
+
+class ProblemError(RuntimeError):
+    """A source could not be used, or only in part, and problems were asked to be fatal."""
 
 
 @dataclass
@@ -80,35 +81,22 @@ def extract(
     Args:
         sources: what to read, see `find_sources`.
         out: the store's folder, made if it is not there.
-        method: a name in `OPTIONS`; "dis" is accurate and fast, "tvl1" more accurate and slower.
-        size: frames are shrunk to this shorter side in pixels before the flow is computed; frames
-            and flow are stored at that size. Smaller videos keep theirs.
-        gap: seconds between the two frames of a pair. At 0.1 most objects move by 1 to 10 pixels,
-            where the methods are accurate. "auto" chooses it for each video by its motion.
-        every: seconds between the starts of two pairs; None: as `gap`, without overlap.
-        consistency: also compute the backward flow (twice the time) and store where both agree.
+        method, size, gap, every, consistency, codec, device, engine, strict, timeout: as those of
+            the command `ssl-flow flow`.
         workers: number of worker processes; 0 works in this one, where a source that hangs or
             crashes ends the call. With workers, the calling script needs the usual
             `if __name__ == "__main__":`, and each `source.frames` must be picklable.
         options: of the method, see `OPTIONS`.
         progress: show a progress bar on stderr.
-        codec: how the flow is stored: "q16", the smallest, or "png", which other tools read.
-        device: where the flow is computed: "cpu", or "cuda" for methods of torch.
         part: (i, n) takes part i of n (i from 1) of the sources, see `part_of`; parts may write to
             one store at the same time, or to several that are merged later. With n > 1, manifest
             and duplicates are left for a call without `part`, or for the merge.
-        engine: "local" for processes of this machine, "ray" for tasks of Ray.
-        strict: raise at the first problem; what was done before is kept.
-        timeout: seconds without a new packet, frame or pair after which a worker is given up (0:
-            never).
         problems: further problems, of `find_sources`, to be listed with those met here.
 
     Raises:
-        ValueError: wrong method, option or number; two sources with the same name.
-        RuntimeError: the method is not available in the installed OpenCV.
-        StoreError: `out` holds something else, or a store made with other settings; another call
-            is writing there.
-        ProblemError: the first problem, if `strict`.
+        ValueError: wrong method, option or number; two sources with the same name; `out` holds
+            something else, or a store made with other settings, or is being written (StoreError).
+        RuntimeError: OpenCV lacks the method; the first problem, if `strict` (ProblemError).
         OSError: the store cannot be written.
     """
     settings = Settings(method, dict(options or {}), size, gap, every, consistency, codec)
@@ -124,26 +112,96 @@ def extract(
     job = partial(extract_source, store=store.absolute(), settings=settings, device=device)
     summary = Summary(sources=len(sources))
     try:
-        _open_store(store, settings)
+        is_store(store)  # raises where something else is
+        store.mkdir(parents=True, exist_ok=True)
         with store_lock(store, shared=part[1] > 1):
-            listed = ProblemList(store, strict)
-            summary.problems = listed.problems
+            _open_store(store, settings)
+            found: dict[str, str | None] = {}
+
+            def note(source: str, reason: str | None) -> None:
+                found[source] = reason
+                if reason is not None:
+                    summary.problems.append(Problem(source, reason))
+                    if strict:
+                        raise ProblemError(f"{source}: {reason} (problems are fatal with --strict)")
+
             try:
                 for problem in problems:
-                    listed.note(problem.source, problem.reason)
-                todo = _look_up(store, sources, summary, listed)
-                _work(todo, job, workers, engine, timeout, progress, summary, listed)
+                    note(problem.source, problem.reason)
+                todo = _look_up(store, sources, summary, note)
+                run = pool.run_on_ray if engine == "ray" else pool.run
+                bar = Bar(todo, progress and bool(todo))
+                with (
+                    closing(bar.bar),
+                    closing(run(list(todo), job, workers, bar.report, timeout)) as results,
+                ):
+                    for source, result, died in results:
+                        bar.done(source)
+                        index, reason = result or (None, died)
+                        if index is not None:
+                            summary.done += 1
+                            summary.pairs += index["pairs"]
+                            summary.bytes += index["tar_bytes"]
+                            summary.skipped.update(index["skipped"])
+                        note(source.name, reason)
             except BaseException:  # Ctrl-C too
                 with suppress(OSError):  # a full disk: not in place of the first error
-                    listed.save()
+                    update_problems(store, found)
                 raise
-            listed.save()
+            update_problems(store, found)
             if part[1] == 1:  # else each of n parts would read the indexes of all
                 summary.duplicates = write_lists(store)
     except OSError as error:
-        raise _cannot_write(store, error) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "make room there" if full else "make it writable, or choose another --out"
+        place = os.fspath(error.filename or store)
+        raise OSError(
+            f"{place} cannot be written ({error.strerror or error}): {advice}, and repeat the "
+            "call; what was finished is kept"
+        ) from error
     summary.seconds = time.perf_counter() - start
     return summary
+
+
+class Bar:
+    """A bar on stderr: work done and left by weight, videos, pairs and pairs a second.
+
+    Videos count by their size in bytes and by how far each has been read, so that the time left is
+    right for three films as it is for a thousand clips.
+    """
+
+    def __init__(self, weights: Mapping[Source, float], enabled: bool) -> None:
+        """Show nothing if not `enabled`; `weights` is the size of each source."""
+        from tqdm import tqdm  # here: workers do without
+
+        self._weights = weights
+        self._shares: dict[str, float] = {}
+        self._done = self._pairs = 0
+        self.bar = tqdm(
+            total=sum(weights.values()),
+            disable=not enabled,
+            smoothing=0,  # the mean speed: that of the last seconds jumps from clip to clip
+            bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+            dynamic_ncols=True,
+            miniters=0,
+        )
+
+    def report(self, source: Source, share: float, pairs: int) -> None:
+        """Take note that `share` of a source is done, and of pairs that are new."""
+        self._pairs += pairs
+        known = self._shares.get(source.name, 0.0)
+        self._shares[source.name] = max(share, known)
+        rate = self._pairs / max(self.bar.format_dict["elapsed"], 1e-9)
+        videos = f"{self._done}/{len(self._weights)} videos"
+        text = f"{videos}, {self._pairs} pairs, {rate:.1f} pairs/s"
+        self.bar.set_postfix_str(text, refresh=False)
+        gain = max(share - known, 0.0) * self._weights[source]
+        self.bar.update(min(gain, (self.bar.total or 0) - self.bar.n))  # the shares are rounded
+
+    def done(self, source: Source) -> None:
+        """Take note that nothing is left to do for a source."""
+        self._done += 1
+        self.report(source, 1.0, 0)
 
 
 def check_settings(settings: Settings, device: str) -> Settings:
@@ -157,7 +215,7 @@ def check_settings(settings: Settings, device: str) -> Settings:
             f"got size {size}, gap {gap}, every {every}"
         )
     if settings.codec not in CODECS:
-        raise ValueError(f"unknown codec {settings.codec!r}{nearest(settings.codec, CODECS)}")
+        raise ValueError(f"unknown codec {settings.codec!r}; known: {', '.join(CODECS)}")
     if gap != "auto":
         gap = float(gap)
         every = gap if every is None else float(every)
@@ -175,12 +233,9 @@ def check_settings(settings: Settings, device: str) -> Settings:
 
 def _open_store(store: Path, settings: Settings) -> None:
     """Make the store, or check that the one that is there was made with the same settings."""
-    wanted = {"version": VERSION, **asdict(settings)}
+    wanted: dict[str, Any] = {"version": VERSION, **asdict(settings)}
     if not is_store(store):
-        store.mkdir(parents=True, exist_ok=True)
-        file = store / SETTINGS_FILE
-        with replacing(file) as new:  # locked: of two calls that begin here the first one decides
-            new.write(file.read_bytes() if file.exists() else json.dumps(wanted, indent=2).encode())
+        write_atomically(store / SETTINGS_FILE, json.dumps(wanted, indent=2).encode())
     found = read_settings(store)
     if key := differing(wanted, found):
         raise StoreError(
@@ -190,77 +245,28 @@ def _open_store(store: Path, settings: Settings) -> None:
 
 
 def _look_up(
-    store: Path, sources: Sequence[Source], summary: Summary, listed: ProblemList
-) -> list[tuple[Source, float]]:
+    store: Path,
+    sources: Sequence[Source],
+    summary: Summary,
+    note: Callable[[str, str | None], None],
+) -> dict[Source, float]:
     """Return what is not done yet, with its weight (bytes) for the progress bar."""
-    todo = []
+    todo = {}
     for source in sources:
         try:
-            now = fingerprint(source)
+            now = size, files = fingerprint(source)
         except OSError as error:
-            listed.note(source.name, f"cannot be reached: {error.strerror}")
+            note(source.name, f"cannot be reached: {error.strerror}")
             continue
         index = finished(store, source.name)
         if index is None:
-            todo.append((source, float(now.bytes or 1)))
-            continue
+            todo[source] = float(size or 1)
         # Stores of version 1 do not say what image folders held.
-        known = index.get("source_bytes") or now.bytes, index.get("source_files") or now.files
-        if known != (now.bytes, now.files):
+        elif (index.get("source_bytes") or size, index.get("source_files") or files) != now:
             shard = shard_path(store, source.name)
-            reason = f"it has changed since {shard} was made: delete that to redo it"
-            listed.note(source.name, reason)
+            note(source.name, f"it has changed since {shard} was made: delete that to redo")
         else:
             summary.already_done += 1
             summary.known_pairs += index["pairs"]
-            listed.note(source.name, index["problem"])
-    # What hung or killed a worker before would cost the same time again: it comes last.
-    bad = (pool.DIED, pool.STALLED)
-    late = {name for name, reason in read_problems(store).items() if reason.startswith(bad)}
-    return sorted(todo, key=lambda entry: entry[0].name in late)
-
-
-def _work(
-    todo: Sequence[tuple[Source, float]],
-    job: pool.Job[Source, tuple[dict[str, Any] | None, str | None]],
-    workers: int,
-    engine: str,
-    timeout: float,
-    progress: bool,
-    summary: Summary,
-    listed: ProblemList,
-) -> None:
-    sources = [source for source, _ in todo]
-    weights = {source.name: weight for source, weight in todo}
-    with Bar(weights, enabled=progress and bool(todo)) as bar:
-
-        def report(source: Source, share: float, pairs: int) -> None:
-            bar.report(source.name, share, pairs)
-
-        if engine == "ray":
-            from . import ray_engine
-
-            results = ray_engine.run(sources, job, workers or 1, report, timeout)
-        else:
-            results = pool.run(sources, job, workers, report, timeout)
-        with closing(results):
-            for source, result, died in results:
-                bar.done(source.name)
-                index, problem = result or (None, died)
-                if index is not None:
-                    summary.done += 1
-                    summary.pairs += index["pairs"]
-                    summary.bytes += index["tar_bytes"]
-                    summary.skipped.update(index["skipped"])
-                listed.note(source.name, problem)
-
-
-def _cannot_write(store: Path, error: OSError) -> OSError:
-    """Say in one sentence what could not be written and what to do."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    advice = "make room there" if full else "make it writable, or choose another --out"
-    place = os.fspath(error.filename or store)
-    return OSError(
-        f"{place} cannot be written ({error.strerror or error}): {advice}, and repeat the call; "
-        "what was finished is kept"
-    )
+            note(source.name, index["problem"])
+    return todo

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .pyramid import Places, check_pair, check_scales, pyramid, resized, sample
+from .pyramid import Places, check, pyramid, resized, sample
 
 GAUSSIAN = 256  # cv2.OPTFLOW_FARNEBACK_GAUSSIAN
 _MIN_SIDE = 16  # no scale but the finest is smaller, pixels
@@ -42,8 +42,7 @@ def farneback(
     """Estimate where each pixel of `first` is found in `second`.
 
     Args:
-        first: grey images (B, H, W), values 0 to 255 in any type.
-        second: same shape, type and device.
+        first, second: grey images (B, H, W), values 0 to 255 in any type, on one device.
         pyr_scale: size ratio of neighbouring scales, between 0 and 1.
         levels: upper bound for the number of scales below the finest.
         winsize: side of the window that the equations are averaged over, pixels; an even number
@@ -57,13 +56,10 @@ def farneback(
         (B, 2, H, W) float32 on the device of `first`, in pixels, x to the right, y downwards:
         `first[b, y, x]` is seen at `second[b, y + flow[b, 1, y, x], x + flow[b, 0, y, x]]`.
 
-    Raises:
-        ValueError: shapes are not as above, or an option is out of range.
+    Raises ValueError where shapes are not as above, or an option is out of range.
     """
-    check_pair(first, second)
-    check_scales(
-        pyr_scale, levels=levels + 1, winsize=winsize, iterations=iterations, poly_n=poly_n
-    )
+    counts = {"winsize": winsize, "iterations": iterations, "poly_n": poly_n}
+    check(first, second, pyr_scale, levels=levels + 1, **counts)
     if poly_sigma <= 0 or flags not in (0, GAUSSIAN):
         raise ValueError(
             f"poly_sigma must be above 0 and flags 0 or {GAUSSIAN}, got {poly_sigma} and {flags}"
@@ -108,10 +104,7 @@ def _expansion(images: Tensor, radius: int, sigma: float) -> Tensor:
 
     The fit is weighted least squares: coefficients = (B' W B)^-1 B' W f for the basis B = (1, x, y,
     x^2, y^2, xy). The weight is a Gaussian, so that the six sums of B' W f are separable, and all
-    but a 3x3 part of B' W B is diagonal.
-
-    Returns:
-        (N, 5, H, W): b_x, b_y, A_xx, A_yy, A_xy.
+    but a 3x3 part of B' W B is diagonal. Returns (N, 5, H, W): b_x, b_y, A_xx, A_yy, A_xy.
     """
     x = torch.arange(-radius, radius + 1, device=images.device, dtype=torch.float32)
     weight = torch.exp(-0.5 * (x / sigma) ** 2)
@@ -119,11 +112,8 @@ def _expansion(images: Tensor, radius: int, sigma: float) -> Tensor:
     second, fourth = (float((weight * x**power).sum()) for power in (2, 4))
     one, linear, square = weight, weight * x, weight * x * x
     padded = F.pad(images, (radius, radius, radius, radius), mode="replicate").repeat(1, 6, 1, 1)
-    sums = _separable(
-        padded,
-        torch.stack([one, one, linear, one, square, linear]),
-        torch.stack([one, linear, one, square, one, linear]),
-    )
+    down = torch.stack([one, one, linear, one, square, linear])
+    sums = _separable(padded, down, torch.stack([one, linear, one, square, one, linear]))
     f_1, f_x, f_y, f_xx, f_yy, f_xy = sums.unbind(1)
     # (B' W B)^-1 for x^2: sum of (x^2 - second) times f, over the variance of x^2.
     spread = fourth - second * second
@@ -147,16 +137,9 @@ def _displacement(
     db_y = db_y + a_xy * u + a_yy * v
     # A'A and A'db, averaged over the window: the normal equations. Outside the picture all is 0.
     square = a_xy * a_xy
-    terms = torch.stack(
-        [
-            a_xx * a_xx + square,
-            a_yy * a_yy + square,
-            a_xy * (a_xx + a_yy),
-            a_xx * db_x + a_xy * db_y,
-            a_xy * db_x + a_yy * db_y,
-        ],
-        1,
-    )
+    normal = [a_xx * a_xx + square, a_yy * a_yy + square, a_xy * (a_xx + a_yy)]
+    right = [a_xx * db_x + a_xy * db_y, a_xy * db_x + a_yy * db_y]
+    terms = torch.stack(normal + right, 1)
     radius = window.numel() // 2
     terms = F.pad(terms * inside, (radius, radius, radius, radius))
     weights = window.expand(5, -1)

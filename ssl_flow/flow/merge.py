@@ -6,7 +6,8 @@ import filecmp
 import os
 import shutil
 import sys
-from collections.abc import Container, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,50 +15,31 @@ from typing import Any
 
 import tyro
 
-from .lock import store_lock
-from .problems import read_problems, update_problems
-from .shard import (
-    StoreError,
-    check_size,
-    check_sum,
-    index_files,
-    index_path,
-    read_index,
-    replacing,
-    shard_of,
-    write_atomically,
+from . import shard
+from .shard import StoreError, index_files, read_index, shard_of, store_lock
+from .store import (
+    SETTINGS_FILE,
+    differing,
+    is_store,
+    read_problems,
+    read_settings,
+    update_problems,
+    write_lists,
 )
-from .store import SETTINGS_FILE, differing, is_store, read_settings, write_lists
 
 
-@dataclass
-class Merged:
-    """What `merge_stores` did, counted in shards; `sources` and `pairs` are those of the result."""
-
-    sources: int = 0
-    pairs: int = 0
-    linked: int = 0
-    copied: int = 0
-    already_there: int = 0
-
-
-def merge_stores(stores: Sequence[str | Path], out: str | Path, copy: bool = False) -> Merged:
+def merge_stores(stores: Sequence[str | Path], out: str | Path) -> Counter[str]:
     """Join stores that were made with the same settings.
 
-    The result has the same bytes as one store made at once. An interrupted call is continued by
-    repeating it. Nothing is written before all stores have been looked at.
+    The result has the same bytes as one store made at once; a store that is at `out` is added to.
+    An interrupted call is continued by repeating it. Nothing is written before all stores have been
+    looked at. Shards become hard links where the file system allows it: no time, no space, and
+    safe, because a shard is never changed, only replaced. Elsewhere they are copied and compared
+    with their checksums. Returns numbers of `sources` and `pairs`, and of
+    shards `linked`, `copied` and `already_there`.
 
-    Args:
-        stores: folders of stores; left as they are.
-        out: folder of the result, made if it is not there; a store that is there is added to.
-        copy: copy the shards, comparing them with their checksums. Otherwise they are hard links
-            where the file system allows it: no time, no space, and safe, because a shard is never
-            changed, only replaced.
-
-    Raises:
-        StoreError: a store is missing, damaged or being written, two differ in a setting, the same
-            source has different bytes in two of them, or `out` holds something else.
-        OSError: `out` cannot be written.
+    StoreError: a store is missing, damaged or being written, two differ in a setting, the same
+    source has different bytes in two of them, or `out` holds something else.
     """
     if not stores:
         raise StoreError("no store to merge is given")
@@ -82,32 +64,36 @@ def merge_stores(stores: Sequence[str | Path], out: str | Path, copy: bool = Fal
             locks.enter_context(store_lock(target))
             if is_store(target):
                 raise StoreError(f"{target} has just been made by another call: repeat this one")
-            write_atomically(target / SETTINGS_FILE, (parts[0] / SETTINGS_FILE).read_bytes())
-        # First, because afterwards it is not seen any more where a source was done.
-        _merge_problems(parts, files, target)
-        merged = _transfer(files, target, copy)
+            shard.write_atomically(target / SETTINGS_FILE, (parts[0] / SETTINGS_FILE).read_bytes())
+        problems: dict[str, str | None] = {}
+        for part in parts:
+            problems = {**read_problems(part), **problems}
+        merged = Counter(sources=len(files))
+        for name, file in files.items():
+            index = read_index(file)
+            problems[index["source"]] = index.get("problem")  # what another store could not do
+            merged["pairs"] += index["pairs"]
+            merged[_transfer(file, index, target / name)] += 1
+        update_problems(target, problems)
         write_lists(target)
     return merged
 
 
-def _transfer(files: Mapping[Path, Path], target: Path, copy: bool) -> Merged:
-    merged = Merged(sources=len(files))
-    for name, file in files.items():
-        index, place = read_index(file), target / name
-        merged.pairs += index["pairs"]
-        if _is_done(file, place, index):
-            merged.already_there += 1
-            continue
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if not copy and _link(shard_of(file), shard_of(place)):
-            merged.linked += 1
-        else:
-            check_sum(shard_of(file), index)
-            with shard_of(file).open("rb") as shard, replacing(shard_of(place)) as new:
-                shutil.copyfileobj(shard, new)
-            merged.copied += 1
-        write_atomically(place, file.read_bytes())
-    return merged
+def _transfer(file: Path, index: Mapping[str, Any], place: Path) -> str:
+    """Bring the shard of one index file, and then that, to `place`; say how."""
+    tar, how = shard_of(file), "linked"
+    with suppress(StoreError, FileNotFoundError):
+        shard.check_size(shard_of(place), index)
+        if place.read_bytes() == file.read_bytes():
+            return "already_there"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if not _link(tar, shard_of(place)):
+        how = "copied"
+        shard.check_sum(tar, index)
+        with tar.open("rb") as old, shard.replacing(shard_of(place)) as new:
+            shutil.copyfileobj(old, new)
+    shard.write_atomically(place, file.read_bytes())
+    return how
 
 
 def _collect(stores: Sequence[Path]) -> dict[Path, Path]:
@@ -116,12 +102,11 @@ def _collect(stores: Sequence[Path]) -> dict[Path, Path]:
     for store in stores:
         for file in index_files(store):
             index = read_index(file)
-            check_size(shard_of(file), index)
+            shard.check_size(shard_of(file), index)
             known = files.setdefault(file.relative_to(store), file)
             same = known == file or (
                 known.read_bytes() == file.read_bytes()
-                # Version 1 has no checksum in the index.
-                and ("sha256" in index or filecmp.cmp(shard_of(known), shard_of(file), False))
+                and (index["sha256"] or filecmp.cmp(shard_of(known), shard_of(file), False))
             )
             if not same:
                 raise StoreError(
@@ -131,40 +116,17 @@ def _collect(stores: Sequence[Path]) -> dict[Path, Path]:
     return dict(sorted(files.items()))
 
 
-def _is_done(file: Path, place: Path, index: dict[str, Any]) -> bool:
-    try:
-        check_size(shard_of(place), index)
-        return place.read_bytes() == file.read_bytes()
-    except (StoreError, FileNotFoundError):
-        return False
-
-
-def _link(shard: Path, place: Path) -> bool:
-    """Make `place` a hard link to `shard`; False where that is not possible."""
-    # Not the name that `open_temporary` empties: it would empty the shard this one is linked to.
+def _link(tar: Path, place: Path) -> bool:
+    """Make `place` a hard link to `tar`; False where that is not possible."""
     temporary = place.with_name(f".{place.name}.link")
     temporary.unlink(missing_ok=True)
     try:
-        os.link(shard, temporary)
+        os.link(tar, temporary)
     except OSError:  # another file system, one without links, too many of them
         return False
     temporary.replace(place)
     temporary.unlink(missing_ok=True)  # renaming a link to itself does nothing
     return True
-
-
-def _merge_problems(stores: Sequence[Path], files: Container[Path], target: Path) -> None:
-    """Join the lists of problems, but for sources that another store could do."""
-    found: dict[str, str | None] = {}
-    for store in stores:
-        for source, reason in read_problems(store).items():
-            try:
-                place = index_path(Path(), source)
-            except ValueError:  # a name that no store can have
-                place = Path()
-            mine = place not in files or (store / place).exists()
-            found[source] = found.get(source) or (reason if mine else None)
-    update_problems(target, found)
 
 
 @dataclass
@@ -175,20 +137,19 @@ class MergeCommand:
     """Folders of the stores; they are left as they are."""
     out: Path
     """Folder of the result. An interrupted call is continued by repeating it."""
-    copy: bool = False
-    """Copy the shards and compare their checksums; otherwise they are hard links where possible."""
 
 
 def merge_command(argv: Sequence[str]) -> int:
     """Run `ssl-flow merge-flow`; returns the exit code: 0, or 2 if the stores cannot be merged."""
     command = tyro.cli(MergeCommand, args=list(argv), prog="ssl-flow merge-flow")
     try:
-        merged = merge_stores(command.stores, command.out, command.copy)
+        merged = merge_stores(command.stores, command.out)
     except (ValueError, OSError) as error:
         print(f"ssl-flow merge-flow: error: {error}", file=sys.stderr)
         return 2
+    linked, copied, there = (merged[key] for key in ("linked", "copied", "already_there"))
     print(
-        f"{command.out}: {merged.sources} sources, {merged.pairs} pairs; shards: {merged.linked} "
-        f"linked, {merged.copied} copied, {merged.already_there} already there"
+        f"{command.out}: {merged['sources']} sources, {merged['pairs']} pairs; shards: {linked} "
+        f"linked, {copied} copied, {there} already there"
     )
     return 0

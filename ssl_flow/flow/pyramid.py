@@ -7,16 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def check_pair(first: Tensor, second: Tensor) -> None:
-    """Raise ValueError unless both are grey images (B, H, W) of the same shape."""
+def check(first: Tensor, second: Tensor, scale_step: float, **counts: int) -> None:
+    """Raise ValueError unless both are grey images (B, H, W) of one shape, the numbers usable."""
     if first.ndim != 3 or first.shape != second.shape:
         raise ValueError(
             f"expected two tensors (B, H, W), got {tuple(first.shape)} and {tuple(second.shape)}"
         )
-
-
-def check_scales(scale_step: float, **counts: int) -> None:
-    """Raise ValueError unless scale_step is between 0 and 1 and each count at least 1."""
     if not 0 < scale_step < 1 or min(counts.values()) < 1:
         found = ", ".join(f"{name} {value}" for name, value in counts.items())
         raise ValueError(
@@ -28,11 +24,8 @@ def check_scales(scale_step: float, **counts: int) -> None:
 def pyramid(images: Tensor, scale_step: float, scales: int, min_side: int) -> list[Tensor]:
     """Return `images` (N, C, H, W) and up to `scales` - 1 smaller copies, the finest first.
 
-    Args:
-        images: float32.
-        scale_step: size ratio of neighbouring scales, between 0 and 1.
-        scales: upper bound for the number of scales.
-        min_side: no scale but the finest is smaller than this, pixels.
+    Each is `scale_step` times as large as the one before; none but the finest is smaller than
+    `min_side` pixels.
     """
     levels = [images]
     for level in range(1, scales):
@@ -54,10 +47,10 @@ def resized(flow: Tensor, size: torch.Size) -> Tensor:
 
 
 class Places:
-    """Where `grid_sample` finds each pixel of a picture of one size after it has moved."""
+    """Where `grid_sample` finds each pixel of a picture shaped as `like` after it has moved."""
 
     def __init__(self, like: Tensor) -> None:
-        """Make it for pictures of the height, width and device of `like` (..., H, W)."""
+        """Make it for the height, width and device of `like` (..., H, W)."""
         height, width = like.shape[-2:]
         # x and y run from -1 to 1 over the area of the picture, edge to edge.
         self.pixel = like.new_tensor([2 / width, 2 / height])
@@ -66,7 +59,7 @@ class Places:
         self.still = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)  # (H, W, 2)
 
     def after(self, flow: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the places (B, H, W, 2) after `flow` (B, 2, H, W), and which are in the picture.
+        """Return the places (B, H, W, 2) after `flow` (B, 2, H, W), and which are inside.
 
         The latter is (B, 1, H, W) bool.
         """

@@ -1,6 +1,6 @@
 """One shard of a store: a tar in WebDataset's layout with the pairs of one video, and its index.
 
-The format is described in docs/store.md.
+Also what writes files so that they are there completely or not at all. Format: docs/store.md.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ import errno
 import hashlib
 import io
 import json
-import math
 import os
 import re
+import secrets
 import tarfile
-import time
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -28,9 +27,9 @@ except ImportError:  # Windows, which lets nobody rename or remove a file that i
 VERSION = 2
 MEND = "delete this file and run the same `ssl-flow flow` command again"
 INDEX_SUFFIX = ".index.json"
-PATIENCE = 3.0  # seconds: the processes of a killed call end within one
+LOCK_FILE = ".lock"
 _BLOCK = 512  # a tar is made of blocks of this many bytes
-# Bytes of a file name: most systems allow 255; ours get up to 16 more (".", ".index.json", ".tmp").
+# Bytes of a file name: most systems allow 255; ours get up to 25 more (".", ".index.json", ".tmp").
 _LONGEST_NAME = 200
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
@@ -39,42 +38,31 @@ class StoreError(ValueError):
     """A store is missing, damaged, or made with other settings; the message says what to do."""
 
 
-class BusyError(StoreError):
-    """Another process is writing the same file at this moment."""
-
-
 def member_names(codec: str, consistency: bool) -> list[str]:
     """Return the file name extensions of one sample's members, in their order in the tar."""
-    flow = "flow.png" if codec == "png" else f"flow.{codec}"
-    return ["jpg", flow, *(["valid.png"] if consistency else []), "json"]
+    return ["jpg", f"flow.{codec}", *(["valid.png"] if consistency else []), "json"]
 
 
 def safe_name(source: str) -> str:
-    r"""Return the relative path, without extension, of a source's files in a store.
+    """Return the relative path, without extension, of a source's files in a store.
 
-    It is the source's own name unless a part of that is too long for a file name or holds what
-    other systems and tools refuse (control characters, bytes that are not UTF-8): such a part is
-    cleaned, shortened, and made unique by a hash of the whole name.
-
-    >>> safe_name("clips/two\nlines.mp4")
-    'clips/two_lines.mp4-a645ad3f9462d999'
-
-    Raises:
-        ValueError: the name would lead out of the store.
+    It is the source's own name, but that a part which is too long for a file name or holds what
+    other systems refuse (control characters, bytes that are not UTF-8) is cleaned, shortened, and
+    made unique by a hash of the whole name. ValueError: the name would lead out of the store.
     """
     parts = PurePosixPath(source).parts
     if not parts or source.startswith("/") or ".." in parts or "\0" in source:
         raise ValueError(f"{source!r} cannot name a source: it must be a relative path")
     digest = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    return "/".join(_safe_part(part, digest) for part in parts)
 
+    def safe(part: str) -> str:
+        clean = _UNSAFE.sub("_", part)
+        if clean == part and len(part.encode()) <= _LONGEST_NAME:
+            return part
+        room = _LONGEST_NAME - len(digest) - 1
+        return f"{clean.encode()[:room].decode('utf-8', 'ignore')}-{digest}"
 
-def _safe_part(part: str, digest: str) -> str:
-    clean = _UNSAFE.sub("_", part)
-    if clean == part and len(part.encode()) <= _LONGEST_NAME:
-        return part
-    room = _LONGEST_NAME - len(digest) - 1
-    return f"{clean.encode()[:room].decode('utf-8', 'ignore')}-{digest}"
+    return "/".join(map(safe, parts))
 
 
 def shard_path(store: Path, source: str) -> Path:
@@ -98,12 +86,17 @@ def shard_of(index_file: Path) -> Path:
 
 
 def read_index(file: Path) -> dict[str, Any]:
-    """Read the index of one shard; StoreError if it is damaged."""
+    """Read the index of one shard; StoreError if it is damaged.
+
+    Of version 1, which has no checksums, `sha256` is None and each sample's CRC -1.
+    """
     try:
         index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         for key, kind in {"source": str, "tar_bytes": int, "pairs": int, "samples": list}.items():
             if not isinstance(index[key], kind):
                 raise ValueError(f"{key} is {index[key]!r}")
+        if index.setdefault("version", 1) == 1:
+            index |= {"sha256": None, "samples": [[*row, -1] for row in index["samples"]]}
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{file} is damaged ({error}): {MEND}") from error
     return index
@@ -117,12 +110,12 @@ def check_size(shard: Path, index: Mapping[str, Any]) -> None:
 
 
 def check_sum(shard: Path, index: Mapping[str, Any]) -> None:
-    """Raise StoreError unless a shard has the checksum of its index (version 1 has none)."""
+    """Raise StoreError unless a shard has the checksum of its index."""
     digest = hashlib.sha256()
     with shard.open("rb") as file:
         while block := file.read(2**20):
             digest.update(block)
-    if index.get("sha256", digest.hexdigest()) != digest.hexdigest():
+    if index["sha256"] not in (None, digest.hexdigest()):
         raise StoreError(f"{shard} is damaged (its sha256 is not that of the index): {MEND}")
 
 
@@ -136,60 +129,51 @@ def finished(store: Path, source: str) -> dict[str, Any] | None:
     return index
 
 
-def take_lock(file: IO[Any], patience: float, shared: bool = False) -> bool:
-    """Lock an open file; False where the system has no locks.
+@contextmanager
+def store_lock(store: Path, shared: bool = False) -> Iterator[None]:
+    """Keep other calls out of a store, and clean up behind one that was killed.
 
-    Raises:
-        BlockingIOError: for `patience` seconds another process has held it.
+    The lock ends with the process, however that ends. A `shared` one lets in others that are shared
+    as well: parts of the same work. StoreError: another call is writing there.
     """
-    end = time.monotonic() + patience
-    while fcntl is not None:
+    alone = fcntl is not None and not shared
+
+    def remove_leftovers() -> None:
+        for path in store.rglob(".*.tmp") if alone else ():
+            path.unlink(missing_ok=True)
+
+    with (store / LOCK_FILE).open("a") as file:
         try:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            return True
+            if fcntl is not None:
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() >= end:
-                raise
-            time.sleep(0.05)
-        except OSError:
-            break
-    return False
-
-
-def open_temporary(path: Path, patience: float = math.inf) -> IO[bytes]:
-    """Open an empty file beside `path`, to be written and then renamed to it by `put_in_place`.
-
-    Its name depends on `path` alone, so that what a killed process leaves behind is used up by the
-    next one. A lock keeps two processes from writing it at once.
-
-    Raises:
-        BusyError: for `patience` seconds another process has been writing the same.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    while True:
-        file = temporary.open("ab")  # not "wb", which would empty what another process writes
+            raise StoreError(
+                f"{store} is being written by another call: wait until it ends, or use another "
+                "folder; parts of one work (--shard) may share a store"
+            ) from None
+        except OSError:  # a file system without locks
+            alone = False
         try:
-            locked = take_lock(file, patience)
-        except BlockingIOError:
-            file.close()
-            raise BusyError(f"{path} is being written by another process") from None
-        with suppress(FileNotFoundError):
-            if not locked or os.path.samestat(os.fstat(file.fileno()), temporary.stat()):
-                file.seek(0)
-                file.truncate()
-                return file
-        file.close()  # the other process renamed it between our two lines: look again
+            remove_leftovers()  # of a killed call
+            yield
+        finally:
+            remove_leftovers()  # of workers that were ended in their work
+
+
+def open_temporary(path: Path) -> IO[bytes]:
+    """Open a file of its own beside `path`, to be written and then renamed to it."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp").open("xb")
 
 
 def put_in_place(file: IO[bytes], path: Path) -> None:
     """Rename what `open_temporary` opened to `path`, so that it survives a loss of power."""
     file.flush()
     os.fsync(file.fileno())
-    if os.name == "nt":  # Windows renames no open file, and syncs no folder
+    if fcntl is None:
         file.close()
-        Path(file.name).replace(path)
-        return
     Path(file.name).replace(path)
+    if fcntl is None:  # Windows syncs no folder
+        return
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # or the new name may be lost
@@ -201,22 +185,12 @@ def put_in_place(file: IO[bytes], path: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path, keep_empty: bool = True) -> Iterator[IO[bytes]]:
-    """Write a file that appears at `path` complete, at the end of the block, or not at all.
-
-    Another process that replaces the same waits. Without `keep_empty`, a file to which nothing was
-    written is removed instead.
-    """
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Write a file that appears at `path` complete, at the end of the block, or not at all."""
     file = open_temporary(path)
     try:
         yield file
-        if keep_empty or file.tell() > 0:
-            put_in_place(file, path)
-        else:
-            path.unlink(missing_ok=True)
-            if fcntl is None:
-                file.close()
-            Path(file.name).unlink()  # last: it is what keeps the others waiting
+        put_in_place(file, path)
     except BaseException:
         Path(file.name).unlink(missing_ok=True)
         raise
@@ -238,17 +212,11 @@ class ShardWriter:
     """
 
     def __init__(self, store: Path, source: str) -> None:
-        """Open a temporary file beside the shard's place.
-
-        Raises:
-            ValueError: the name would lead out of the store.
-            BusyError: another process is writing the same shard, and does not end for some seconds.
-            OSError: the store cannot be written.
-        """
-        self._store, self._source = store, source
-        self._path = shard_path(store, source)
+        """Open a temporary file beside the shard's place."""
+        self._source, self._path = source, shard_path(store, source)
+        self._index = index_path(store, source)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open_temporary(self._path, PATIENCE)  # for a worker that was orphaned
+        self._file = open_temporary(self._path)
         self._committed = False
         self._position = 0
         self._sha256 = hashlib.sha256()
@@ -260,7 +228,6 @@ class ShardWriter:
 
     def __exit__(self, *error: object) -> None:
         """Remove the temporary file, if `commit` has not renamed it."""
-        # Before it is closed, which frees the name for another process.
         if not self._committed:
             Path(self._file.name).unlink(missing_ok=True)
         with suppress(OSError):  # a full disk, said already by the write that failed
@@ -270,14 +237,14 @@ class ShardWriter:
         """Append one sample: extension -> contents."""
         row: list[str | int] = [key]
         block = io.BytesIO()
+        start = end = 0  # of what is read at once: the contents of all members
         for extension, data in members.items():
             info = tarfile.TarInfo(f"{key}.{extension}")  # owner and time are 0 by default
             info.size = len(data)
             block.write(info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape"))
+            start, end = start or block.tell(), block.tell() + len(data)
             row += [self._position + block.tell(), len(data)]
             block.write(data + bytes(-len(data) % _BLOCK))
-        # What is read at once: from the first member's contents to the end of the last one's.
-        start, end = (int(row[1]) - self._position, int(row[-2]) + int(row[-1]) - self._position)
         row.append(zlib.crc32(block.getbuffer()[start:end]))
         self._write(block.getvalue())
         self._samples.append(row)
@@ -285,7 +252,7 @@ class ShardWriter:
     def commit(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Put the tar in its place and write the index, with `facts` in it; return the index."""
         self._write(bytes(2 * _BLOCK))  # the end of a tar
-        index_path(self._store, self._source).unlink(missing_ok=True)  # that of an older tar
+        self._index.unlink(missing_ok=True)  # that of an older tar
         put_in_place(self._file, self._path)
         self._committed = True
         index = {
@@ -297,8 +264,7 @@ class ShardWriter:
             **facts,
             "samples": self._samples,
         }
-        data = json.dumps(index, separators=(",", ":")).encode()
-        write_atomically(index_path(self._store, self._source), data)
+        write_atomically(self._index, json.dumps(index, separators=(",", ":")).encode())
         return index
 
     def _write(self, data: bytes) -> None:

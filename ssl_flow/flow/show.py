@@ -7,23 +7,18 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import cv2
 import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from .color import flow_to_rgb
+from .codec import flow_to_rgb
 from .store import FlowStore, Sample
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _HISTOGRAM_PAIRS = 200  # read for the histogram: about a second
 _BINS = np.geomspace(1 / 8, 1024, 27)  # pixels, two bins an octave
-_HEIGHT = 220  # of a row of pictures, in pixels
-_WIDTH = 15  # of the sheet, in inches of 100 pixels
 _INVALID = (230, 0, 160)  # a colour the wheel has only between right and up
 
 
@@ -40,49 +35,33 @@ def spread_pairs(numbers: NDArray[np.int64], count: int) -> list[int]:
     while take.sum() < min(count, len(numbers)):
         open_videos = videos[take[videos] < pairs[videos]]
         take[open_videos[: count - take.sum()]] += 1
-    return [
-        int(first[video] + (k + 0.5) * pairs[video] / take[video])
-        for video in videos
-        for k in range(take[video])
-    ]
+    chosen = [first[v] + (np.arange(take[v]) + 0.5) * pairs[v] / take[v] for v in videos]
+    return [int(number) for number in np.concatenate(chosen)]
 
 
-def show_flow(
-    store: FlowStore, out: str | Path, count: int = 12, full_color: float | None = None
-) -> None:
-    """Draw a sheet: pairs as frame, flow and what is valid; the colour wheel; motion lengths.
+def show_flow(store: FlowStore, out: str | Path, count: int = 12) -> None:
+    """Draw a sheet (PNG): pairs as frame, flow and what is valid; the wheel; motion lengths.
 
-    Args:
-        store: the store.
-        out: the PNG that is written.
-        count: number of pairs, spread over the videos; the same ones in each call.
-        full_color: length in pixels drawn in the wheel's full colours; None takes for each pair
-            the length that 99 % of its pixels stay below, and says it.
-
-    Raises:
-        ValueError: `count` or `full_color` is not positive, or the store holds no pair.
-        StoreError: a pair is damaged.
-        OSError: the picture cannot be written.
+    `count` pairs are spread over the videos, the same ones in each call. Each pair's colours are
+    full at the length that 99 % of its pixels stay below, which is written above it. ValueError:
+    `count` is not positive, the store holds no pair or a damaged one.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no display
     from matplotlib.figure import Figure
 
-    if count < 1 or (full_color is not None and full_color <= 0):
-        raise ValueError(f"count and full color must be above 0, got {count} and {full_color}")
+    if count < 1:
+        raise ValueError(f"count must be above 0, got {count}")
     if len(store) == 0:
         raise ValueError(f"{store.path} holds no pair")
-    chosen = spread_pairs(store.source_numbers, count)
-    samples = [store[number] for number in chosen]
-    full = [full_color or max(float(np.percentile(_lengths(s), 99)), 0.1) for s in samples]
-    strips = [_strip(sample, color) for sample, color in zip(samples, full, strict=True)]
-    shape = np.median([strip.shape[1] / strip.shape[0] for strip in strips])
-    rows = -(-len(chosen) // 2)
-    heights = [3.3, rows * (_WIDTH / 2 / max(float(shape), 2.5) + 0.35)]
-    figure = Figure(figsize=(_WIDTH, sum(heights)), dpi=100, layout="constrained")
+    samples = [store[number] for number in spread_pairs(store.source_numbers, count)]
+    shape = np.median([sample.frame.shape[0] / sample.frame.shape[1] for sample in samples])
+    rows = -(-len(samples) // 2)
+    heights = [3.3, rows * (2.4 * min(float(shape), 1.2) + 0.35)]  # inches
+    figure = Figure(figsize=(15, sum(heights)), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     head, body = figure.subfigures(2, 1, squeeze=False, height_ratios=heights).ravel()
     wheel, histogram = head.subplots(1, 2, width_ratios=[1, 3.4])
-    _draw_wheel(wheel, full_color)
+    _draw_wheel(wheel)
     _draw_histogram(histogram, store)
     method, size, gap = (store.settings[key] for key in ("method", "size", "gap"))
     head.suptitle(
@@ -91,13 +70,20 @@ def show_flow(
         parse_math=False,
     )
     body.suptitle("first frame | flow to the second | magenta: flow not valid", fontsize=9)
-    for k, (sample, strip, color) in enumerate(zip(samples, strips, full, strict=True)):
-        axis, meta = body.add_subplot(rows, 2, k + 1), sample.meta
+    axes = body.subplots(rows, 6, squeeze=False).reshape(-1, 3)
+    for axis in axes.ravel():
         axis.axis("off")
-        axis.imshow(strip)
-        axis.set_title(
+    for sample, (left, middle, right) in zip(samples, axes, strict=False):
+        lengths, meta = _lengths(sample), sample.meta
+        full = max(float(np.percentile(lengths, 99)), 0.1)
+        grey = cv2.cvtColor(cv2.cvtColor(sample.frame, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+        grey[~sample.valid] = _INVALID
+        left.imshow(sample.frame)
+        middle.imshow(flow_to_rgb(sample.flow, full))
+        right.imshow(grey)
+        middle.set_title(
             f"{_printable(meta['video'], 34)}  {meta['time']:.2f} s + {meta['gap']:.2f} s   "
-            f"median {np.median(_lengths(sample)):.1f} px, full colour {color:.1f} px, "
+            f"median {np.median(lengths):.1f} px, full colour {full:.1f} px, "
             f"valid {sample.valid.mean():.0%}",
             fontsize=8,
             parse_math=False,
@@ -107,40 +93,28 @@ def show_flow(
         figure.savefig(out, format="png", metadata={"Software": None})
 
 
-def _strip(sample: Sample, full_color: float) -> NDArray[np.uint8]:
-    """Frame | flow | frame in grey with what is not valid marked: (_HEIGHT, W, 3)."""
-    grey = cv2.cvtColor(cv2.cvtColor(sample.frame, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-    grey[~sample.valid] = _INVALID
-    gap = np.full((len(grey), max(1, len(grey) // 40), 3), 255, np.uint8)
-    parts = [sample.frame, gap, flow_to_rgb(sample.flow, full_color), gap, grey]
-    strip = np.concatenate(parts, axis=1)
-    width = max(1, round(strip.shape[1] * _HEIGHT / len(strip)))
-    return np.asarray(cv2.resize(strip, (width, _HEIGHT), interpolation=cv2.INTER_AREA), np.uint8)
-
-
-def _draw_wheel(axis: Axes, full_color: float | None) -> None:
+def _draw_wheel(axis: Any) -> None:  # noqa: ANN401
     grid = np.linspace(-1.1, 1.1, 301, dtype=np.float32)
     flow = np.stack(np.meshgrid(grid, grid), axis=-1)  # (301, 301, 2), x right, y down
     picture = flow_to_rgb(flow, 1.0)
     picture[np.linalg.norm(flow, axis=-1) > 1] = 255
     axis.imshow(picture, extent=(-1.1, 1.1, 1.1, -1.1))
-    radius = "the pair's full colour" if full_color is None else f"{full_color:g} px"
-    axis.set_title(f"direction of motion; radius = {radius}", fontsize=9)
+    axis.set_title("direction of motion; radius = the pair's full colour", fontsize=9)
     axis.set_xticks([-1, 0, 1], ["left", "0", "right"])
     axis.set_yticks([-1, 0, 1], ["up", "0", "down"])
     axis.spines[:].set_visible(False)
 
 
-def _draw_histogram(axis: Axes, store: FlowStore) -> None:
+def _draw_histogram(axis: Any, store: FlowStore) -> None:  # noqa: ANN401
     chosen = spread_pairs(store.source_numbers, _HISTOGRAM_PAIRS)
     lengths = [_lengths(store[number]) for number in chosen]
+    lengths = [length[:: max(1, len(length) // 5000)] for length in lengths]
     # Each pair counts the same, whatever its size.
-    shares = sum(
-        np.histogram(length, [0, *_BINS[1:-1], np.inf])[0] / (len(length) * len(chosen))
-        for length in lengths
-    )
-    every = np.concatenate([length[:: max(1, len(length) // 5000)] for length in lengths])
-    axis.stairs(np.asarray(shares) * 100, _BINS, fill=True, color="0.6")
+    every = np.concatenate(lengths)
+    weights = np.concatenate([np.full(len(length), 100 / len(length)) for length in lengths])
+    edges = [0, *_BINS[1:-1], np.inf]
+    shares = np.histogram(every, edges, weights=weights / len(chosen))[0]
+    axis.stairs(shares, _BINS, fill=True, color="0.6")
     for share, style in ((50, "-"), (95, "--")):
         value = float(np.percentile(every, share))
         label = f"{share} % below {value:.2g} px"
@@ -175,15 +149,13 @@ class ShowFlowCommand:
     """The picture (PNG)."""
     count: int = 12
     """Number of pairs, spread over the videos."""
-    full_color: float | None = None
-    """Length in pixels drawn in full colour; None: for each pair its own."""
 
 
 def show_flow_command(argv: Sequence[str]) -> int:
     """Run `ssl-flow show flow`; returns the exit code: 0, or 2 if the store cannot be shown."""
     command = tyro.cli(ShowFlowCommand, args=list(argv), prog="ssl-flow show flow")
     try:
-        show_flow(FlowStore(command.store), command.out, command.count, command.full_color)
+        show_flow(FlowStore(command.store), command.out, command.count)
     except (ValueError, OSError, ImportError) as error:
         print(f"ssl-flow show flow: error: {error}", file=sys.stderr)
         return 2

@@ -9,15 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from .container import why_no_file
-from .video import IMAGE_EXTENSIONS, Frame, image_files, read_frames
+from .video import IMAGE_EXTENSIONS, Frame, image_files, read_frames, why_no_file
 
-# fmt: off
 VIDEO_EXTENSIONS = (
     ".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mjpeg", ".mkv", ".mov", ".mp4", ".mpeg",
     ".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv",
-)
-# fmt: on
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,49 +39,38 @@ class Problem:
     reason: str
 
 
-@dataclass(frozen=True)
-class Fingerprint:
-    """Tells whether a source is still what it was: `files` is a hash of an image folder's list."""
+def fingerprint(source: Source) -> tuple[int | None, str | None]:
+    """Return what tells whether a source is still what it was, without reading contents.
 
-    bytes: int | None
-    files: str | None = None
-
-
-def fingerprint(source: Source) -> Fingerprint:
-    """Return size, and for an image folder a hash of names and sizes, without reading contents.
-
-    Times of files are left out: a copied collection is the same collection.
-
-    Raises:
-        OSError: the source has gone.
+    That is its size in bytes, and of an image folder a hash of names and sizes. Times of files are
+    left out: a copied collection is the same collection. OSError: the source has gone.
     """
     if source.path is None:
-        return Fingerprint(None)
+        return None, None
     if not source.path.is_dir():
-        return Fingerprint(source.path.stat().st_size)
+        return source.path.stat().st_size, None
     total, names = 0, hashlib.sha256()
     for file in image_files(source.path):
         size = file.stat().st_size if file.exists() else 0  # 0: a link to nothing
         total += size
         names.update(os.fsencode(file.name) + b"\0%d\n" % size)
-    return Fingerprint(total, names.hexdigest()[:16])
+    return total, names.hexdigest()[:16]
 
 
 def part_of(sources: Sequence[Source], number: int, count: int) -> list[Source]:
     """Return part `number` (1 ... `count`) of the sources; all parts together are all of them.
 
     A hash of its name decides where a source belongs: it stays there when others are added.
-
-    Raises:
-        ValueError: `number` is not from 1 to `count`.
+    ValueError: `number` is not from 1 to `count`.
     """
     if not 1 <= number <= count:
         raise ValueError(f"part {number} of {count}: the first part is 1, the last is {count}")
-    return [source for source in sources if _hash(source.name) % count == number - 1]
 
+    def part(source: Source) -> int:
+        digest = hashlib.sha256(os.fsencode(source.name)).digest()
+        return int.from_bytes(digest[:8], "big") % count + 1
 
-def _hash(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big")
+    return [source for source in sources if part(source) == number]
 
 
 def find_sources(paths: Iterable[str | Path]) -> tuple[list[Source], list[Problem]]:
@@ -94,13 +80,9 @@ def find_sources(paths: Iterable[str | Path]) -> tuple[list[Source], list[Proble
     its images are the frames. A source is named by its path from the given folder, that folder's
     own name first (`clips/tom/a.mp4`), so equal file names in two folders do not collide.
 
-    Returns:
-        The sources sorted by name, and what looks like a video but is no file that can be read.
-
-    Raises:
-        FileNotFoundError: one of `paths` does not exist.
-        ValueError: a file's extension is unknown, two sources would have the same name, or nothing
-            was found.
+    Returns the sources sorted by name, and what looks like a video but is no file that can be read.
+    FileNotFoundError: one of `paths` does not exist. ValueError: a file's extension is unknown, two
+    sources would have the same name, or nothing was found.
     """
     found: dict[str, Path] = {}
     problems: list[Problem] = []
@@ -145,6 +127,9 @@ def _search(root: Path, problems: list[Problem]) -> list[Path]:
     def unreadable(error: OSError) -> None:
         problem(Path(error.filename), f"cannot be listed: {error.strerror}")
 
+    def is_video(path: Path) -> bool:
+        return not path.name.startswith(".") and path.suffix.lower() in VIDEO_EXTENSIONS
+
     for folder, subfolders, names in os.walk(root, onerror=unreadable, followlinks=True):
         here = Path(folder)
         status = here.stat()
@@ -154,23 +139,18 @@ def _search(root: Path, problems: list[Problem]) -> list[Path]:
             continue
         searched.add((status.st_dev, status.st_ino))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        videos = [here / name for name in sorted(names) if _is_video_name(name)]
-        if videos:
-            for video in videos:
-                try:
-                    reason = why_no_file(video)
-                except OSError as error:
-                    reason = f"cannot be reached ({error.strerror})"
-                if reason is None:
-                    files.append(video)
-                else:
-                    problem(video, reason)
-        elif image_files(here):
+        videos = [here / name for name in sorted(names) if is_video(here / name)]
+        for video in videos:
+            try:
+                reason = why_no_file(video)
+            except OSError as error:
+                reason = f"cannot be reached ({error.strerror})"
+            if reason is None:
+                files.append(video)
+            else:
+                problem(video, reason)
+        if not videos and image_files(here):
             files.append(here)
-        elif _is_video_name(here.name) and not subfolders:
+        elif not videos and is_video(here) and not subfolders:
             problem(here, "not a regular file (a folder)")
     return files
-
-
-def _is_video_name(name: str) -> bool:
-    return not name.startswith(".") and Path(name).suffix.lower() in VIDEO_EXTENSIONS

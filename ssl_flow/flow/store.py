@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,30 +19,16 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from . import shard
 from .codec import CODECS, decode_flow
 from .duplicates import find_duplicate_sources
 from .estimators import flow_validity
-from .lock import LOCK_FILE
-from .shard import (
-    INDEX_SUFFIX,
-    MEND,
-    VERSION,
-    StoreError,
-    check_size,
-    check_sum,
-    index_files,
-    index_path,
-    member_names,
-    read_index,
-    replacing,
-    shard_of,
-    write_atomically,
-)
+from .shard import MEND, StoreError, index_files, read_index, shard_of
 
 SETTINGS_FILE = "store.json"
-_OURS = {LOCK_FILE, SETTINGS_FILE, f".{SETTINGS_FILE}.tmp"}  # a call was killed, or begins
 MANIFEST_FILE = "manifest.jsonl"
 DUPLICATES_FILE = "duplicates.json"  # source -> the one it is a copy of
+PROBLEMS_FILE = "problems.jsonl"
 
 
 @dataclass
@@ -63,46 +50,39 @@ class FlowStore:
 
     No file stays open between two reads, so that an object can be pickled or forked at will.
 
-    Args:
-        path: the store's folder.
-        include: names of sources, or patterns such as "clips/*" (one or several); None takes all.
-        duplicates: False leaves out sources that the extraction takes for copies of another one
-            that is taken (duplicates.json: scenes of one fixed camera can look like copies, too).
+    `include` is one or several names of sources, or patterns such as "clips/*"; None takes all.
+    `duplicates=False` leaves out sources that the extraction takes for copies of another one that
+    is taken (duplicates.json: scenes of one fixed camera can look like copies, too).
 
-    Raises:
-        StoreError: no store at `path`, a newer version, a shard that is incomplete, an entry of
-            `include` that matches no source, or sources among which no duplicates were searched.
+    StoreError: no store at `path`, a newer version, a shard that is incomplete, an entry of
+    `include` that matches no source, or sources among which no duplicates were searched.
     """
 
-    settings: dict[str, Any]
-    sources: list[str]
-
     def __init__(
-        self,
-        path: str | Path,
-        include: str | Sequence[str] | None = None,
-        duplicates: bool = True,
+        self, path: str | Path, include: str | Sequence[str] | None = None, duplicates: bool = True
     ) -> None:
         """Read the settings and the indexes of all shards."""
         include = [include] if isinstance(include, str) else include
         self.path = Path(path)
         self.settings = read_settings(self.path)
-        self._members = _member_names(self.settings)
+        self._members = shard.member_names(self.settings["codec"], self.settings["consistency"])
         indexes = [(file, read_index(file)) for file in index_files(self.path)]
         names = [index["source"] for _, index in indexes]
+        taken = set(names) if include is None else set()
         for pattern in include or ():
-            if not any(_matches(name, pattern) for name in names):
+            matched = [n for n in names if n == pattern or fnmatch.fnmatchcase(n, pattern)]
+            if not matched:
                 raise StoreError(f"{path}: no source matches {pattern!r}; there are {names[:10]}")
-        copies = {} if duplicates else read_duplicates(self.path, len(indexes))
-        taken = {n for n in names if include is None or any(_matches(n, p) for p in include)}
-        self.sources = []
+            taken.update(matched)
+        copies = {} if duplicates else _read_duplicates(self.path, len(indexes))
+        self.sources: list[str] = []
         self._files: list[str] = []  # of the indexes, relative to the store
         rows = [np.empty((0, 2 + 2 * len(self._members)), np.int64)]
         for file, index in indexes:
             name = index["source"]
             if name not in taken or copies.get(name) in taken:
                 continue
-            check_size(shard_of(file), index)
+            shard.check_size(shard_of(file), index)
             table = _sample_table(self.path, file, index, self._members)
             rows.append(np.insert(table, 0, len(self.sources), axis=1))
             self.sources.append(name)
@@ -120,62 +100,24 @@ class FlowStore:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Sample:
-        """Read and decode one pair.
-
-        Raises:
-            IndexError: no pair of this number.
-            StoreError: the shard has been damaged since the store was opened, or a byte of this
-                pair since it was written; the message names shard and pair.
-        """
+        """Read and decode one pair; StoreError names shard and pair if a byte has changed."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"pair {index} of a store with {len(self)} pairs")
-        number, *places = (int(value) for value in self._rows[index])
-        file = self.path / self._files[number]
-        try:
-            return _decode(_read_members(shard_of(file), places, self._members))
-        except (ValueError, FileNotFoundError, cv2.error) as error:
-            first = int(np.searchsorted(self._rows[:, 0], number))
-            key = f"pair {index % len(self) - first}"
-            with suppress(OSError, StoreError):
-                key = read_index(file)["samples"][index % len(self) - first][0]
-            raise StoreError(f"{shard_of(file)} is damaged ({key}: {error}): {MEND}") from error
-
-
-def read_duplicates(store: Path, sources: int) -> dict[str, str]:
-    """Read which sources are copies of others: source -> the original; {} if nothing was found.
-
-    Raises StoreError if the search was not over all `sources`: it is as old as the manifest.
-    """
-    file, manifest = store / DUPLICATES_FILE, store / MANIFEST_FILE
-    searched = manifest.read_bytes().count(b"\n") if manifest.exists() else 0
-    if searched != sources:
-        reason = (
-            f"duplicates were looked for among {searched} sources of the {sources} in {store} "
-            "(the parts of the work, --shard, do not look for them)"
-        )
-    elif not file.exists():
-        return {}
-    else:
-        try:
-            return dict(json.loads(file.read_text(encoding="utf-8")))
-        except ValueError as error:
-            reason = f"{file} is damaged ({error})"
-    raise StoreError(f"{reason}: run `ssl-flow merge-flow {store} --out {store}`")
+        source, *row = (int(value) for value in self._rows[index])
+        number = index % len(self) - int(np.searchsorted(self._rows[:, 0], source))
+        return _read_pair(self.path / self._files[source], number, row, self._members)
 
 
 def verify(store: str | Path, deep: bool = True) -> dict[str, str]:
     """Look for damage in a store: shard or index, relative to the store -> what is wrong with it.
 
-    Args:
-        store: the store's folder.
-        deep: read everything and compare it with the checksums; in a version-1 store, which has
-            none, decode each pair. Otherwise only look at the indexes and the shards' sizes.
-
-    Raises:
-        StoreError: no store there, or a newer version.
+    `deep` reads everything and compares it with the checksums; in a version-1 store, which has
+    none, it decodes each pair. Otherwise only the indexes and the shards' sizes are looked at.
+    StoreError: no store there, or a newer version.
     """
     path = Path(store)
-    members = _member_names(read_settings(path))
+    settings = read_settings(path)
+    members = shard.member_names(settings["codec"], settings["consistency"])
     damage = {}
     files = index_files(path)
     for file in files:
@@ -183,16 +125,19 @@ def verify(store: str | Path, deep: bool = True) -> dict[str, str]:
         try:
             index = read_index(file)
             table = _sample_table(path, file, index, members)
-            place = shard = shard_of(file)
-            check_size(shard, index)
+            place = shard_of(file)
+            shard.check_size(place, index)
             if deep:
-                _check_contents(shard, index, table, members)
+                shard.check_sum(place, index)
+            if deep and index["sha256"] is None:
+                for number, row in enumerate(table.tolist()):
+                    _read_pair(file, number, row, members)
         except (StoreError, OSError) as error:
             damage[str(place.relative_to(path))] = str(error)
-    for shard in sorted({*path.glob("shards/**/*.tar")} - {shard_of(file) for file in files}):
-        if shard.is_file():
-            reason = f"{shard} is unfinished, it has no *{INDEX_SUFFIX}: {MEND}"
-            damage[str(shard.relative_to(path))] = reason
+    for tar in sorted({*path.glob("shards/**/*.tar")} - {shard_of(file) for file in files}):
+        if tar.is_file():
+            reason = f"{tar} is unfinished, it has no *{shard.INDEX_SUFFIX}: {MEND}"
+            damage[str(tar.relative_to(path))] = reason
     return damage
 
 
@@ -200,17 +145,16 @@ def write_lists(store: Path) -> dict[str, str]:
     """Write manifest.jsonl and duplicates.json from the indexes; return the latter's content.
 
     The indexes are the truth: after a killed call the lists are merely older than they are.
-    Raises StoreError if one is damaged.
     """
     hashes = {}
-    with replacing(store / MANIFEST_FILE) as manifest:  # locked first: the last writer sees all
+    with shard.replacing(store / MANIFEST_FILE) as manifest:
         for file in index_files(store):
             index = read_index(file)
             line = {
                 "source": index["source"],
                 "shard": str(shard_of(file).relative_to(store)),
                 "bytes": index["tar_bytes"],
-                "sha256": index.get("sha256"),  # version 1 has none
+                "sha256": index["sha256"],
                 "pairs": index["pairs"],
             }
             manifest.write(json.dumps(line).encode() + b"\n")
@@ -220,13 +164,24 @@ def write_lists(store: Path) -> dict[str, str]:
         copies = find_duplicate_sources(hashes)
         if copies or (store / DUPLICATES_FILE).exists():
             data = json.dumps(copies, indent=2).encode() + b"\n"
-            write_atomically(store / DUPLICATES_FILE, data)
+            shard.write_atomically(store / DUPLICATES_FILE, data)
     return copies
 
 
-def _member_names(settings: Mapping[str, Any]) -> list[str]:
-    # Version 1 knew one codec and did not name it.
-    return member_names(settings.get("codec", "png"), bool(settings["consistency"]))
+def _read_duplicates(store: Path, sources: int) -> dict[str, str]:
+    """Read source -> the one it is a copy of; StoreError if not all `sources` were searched."""
+    file, manifest = store / DUPLICATES_FILE, store / MANIFEST_FILE
+    searched = manifest.read_bytes().count(b"\n") if manifest.exists() else 0
+    reason = (
+        f"duplicates were looked for among {searched} sources of the {sources} in {store} "
+        "(the parts of the work, --shard, do not look for them)"
+    )
+    if searched == sources:
+        try:
+            return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+        except ValueError as error:
+            reason = f"{file} is damaged ({error})"
+    raise StoreError(f"{reason}: run `ssl-flow merge-flow {store} --out {store}`")
 
 
 def _sample_table(
@@ -234,69 +189,46 @@ def _sample_table(
 ) -> NDArray[np.int64]:
     """Check an index; (pairs, 2 members + 1): offset and size of each member, checksum or -1."""
     columns = 2 * len(members)
-    checked = index.get("version", 1) >= 2
     try:
-        table = np.empty((0, columns + checked), np.int64)
-        if index["samples"]:
-            table = np.array([sample[1:] for sample in index["samples"]], np.int64)
-        if table.shape != (index["pairs"], columns + checked):
+        table = np.array([sample[1:] for sample in index["samples"]], np.int64)
+        table = table.reshape(len(table), -1 if len(table) else columns + 1)
+        if table.shape != (index["pairs"], columns + 1):
             raise ValueError(f"{index['pairs']} pairs of {len(members)} members expected")
-        if not checked:
-            table = np.insert(table, columns, -1, axis=1)
-        elif index_path(store, index["source"]) != file:
+        if index["version"] > 1 and shard.index_path(store, index["source"]) != file:
             raise ValueError(f"it is that of {index['source']!r}")
-        # Members lie one after the other inside the tar, or a read would be too large or half.
-        bounds = np.zeros((len(table), 1 + columns), np.int64)
-        bounds[:, :-1] = table[:, :columns]
-        bounds[:, 1:-1:2] += bounds[:, :-1:2]  # offset, size -> start, end
-        bounds[:, -1] = index["tar_bytes"]
-        if (np.diff(bounds, axis=1) < 0).any() or (table[:, :columns] < 0).any():
+        end = table[:, columns - 2] + table[:, columns - 1]  # or a read would be too large
+        if (table[:, :columns] < 0).any() or (end > index["tar_bytes"]).any():
             raise ValueError("a member lies outside the tar")
     except (ValueError, TypeError, OverflowError, IndexError) as error:
         raise StoreError(f"{file} is damaged ({error}): {MEND}") from error
     return table
 
 
-def _read_members(shard: Path, row: Sequence[int], members: Sequence[str]) -> dict[str, bytes]:
-    """Read the members of one row of a `_sample_table`; ValueError if they are not as written."""
+def _read_pair(file: Path, number: int, row: Sequence[int], members: Sequence[str]) -> Sample:
+    """Read pair `number` of the shard with index `file` by its row of a `_sample_table`."""
+    tar = shard_of(file)
     *places, crc = row
     offsets, sizes = places[::2], places[1::2]
     start, end = offsets[0], offsets[-1] + sizes[-1]  # the members of a sample are adjacent
-    with shard.open("rb") as file:
-        file.seek(start)
-        data = file.read(end - start)
-    if len(data) < end - start:
-        raise ValueError("the file is too short")
-    if crc >= 0 and zlib.crc32(data) != crc:
-        raise ValueError("its checksum is wrong")
-    return {
-        name: data[offset - start : offset - start + size]
-        for name, offset, size in zip(members, offsets, sizes, strict=True)
-    }
-
-
-def _check_contents(
-    shard: Path, index: Mapping[str, Any], table: NDArray[np.int64], members: Sequence[str]
-) -> None:
-    wrong = []
     try:
-        check_sum(shard, index)
-        if "sha256" in index:
-            return
-    except StoreError:
-        wrong.append("its sha256 is not that of the index")
-    for sample, row in zip(index["samples"], table.tolist(), strict=True):
-        try:
-            _decode(_read_members(shard, row, members))
-        except (ValueError, cv2.error) as error:
-            wrong.append(f"{sample[0]}: {error}")
-    if wrong:
-        shown = "; ".join([*wrong[:5], *([f"{len(wrong) - 5} more"] if len(wrong) > 5 else [])])
-        raise StoreError(f"{shard} is damaged ({shown}): {MEND}")
+        with tar.open("rb") as opened:
+            opened.seek(start)
+            data = opened.read(end - start)
+        if len(data) < end - start:
+            raise ValueError("the file is too short")
+        if crc >= 0 and zlib.crc32(data) != crc:
+            raise ValueError("its checksum is wrong")
+        parts = [data[o - start : o - start + n] for o, n in zip(offsets, sizes, strict=True)]
+        return _decode(dict(zip(members, parts, strict=True)))
+    except (ValueError, FileNotFoundError, cv2.error) as error:
+        key = f"pair {number}"
+        with suppress(OSError, StoreError):
+            key = read_index(file)["samples"][number][0]
+        raise StoreError(f"{tar} is damaged ({key}: {error}): {MEND}") from error
 
 
 def _decode(members: Mapping[str, bytes]) -> Sample:
-    bgr = _image(members["jpg"], cv2.IMREAD_COLOR, "JPEG frame")
+    frame = _image(members["jpg"], cv2.IMREAD_COLOR, "JPEG frame")
     flow = decode_flow(next(data for name, data in members.items() if name.startswith("flow.")))
     valid = flow_validity(flow)
     if "valid.png" in members:
@@ -304,10 +236,10 @@ def _decode(members: Mapping[str, bytes]) -> Sample:
         if mask.shape != valid.shape:
             raise ValueError(f"mask of {mask.shape}, flow of {valid.shape}")
         valid &= mask > 0
-    frame = np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), dtype=np.uint8)
     if frame.shape[:2] != valid.shape:
         raise ValueError(f"frame of {frame.shape[:2]}, flow of {valid.shape}")
-    return Sample(frame, flow, valid, json.loads(members["json"]))
+    rgb = np.asarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), np.uint8)
+    return Sample(rgb, flow, valid, json.loads(members["json"]))
 
 
 def _image(data: bytes, kind: int, what: str) -> NDArray[Any]:
@@ -317,11 +249,36 @@ def _image(data: bytes, kind: int, what: str) -> NDArray[Any]:
     return image
 
 
+def update_problems(store: Path, found: Mapping[str, str | None]) -> None:
+    """Write what was `found` over what problems.jsonl says: one line a source, None removes it."""
+    rows = sorted({**read_problems(store), **found}.items())
+    lines = [json.dumps({"source": s, "reason": reason}) + "\n" for s, reason in rows if reason]
+    if lines:
+        shard.write_atomically(store / PROBLEMS_FILE, "".join(lines).encode())
+    else:
+        (store / PROBLEMS_FILE).unlink(missing_ok=True)
+
+
+def read_problems(store: Path) -> dict[str, str]:
+    """Return what problems.jsonl says, source -> reason; lines that are damaged are left out."""
+    file, problems = store / PROBLEMS_FILE, {}
+    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    for line in text.splitlines():
+        with suppress(ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            problems[str(row["source"])] = str(row["reason"])
+    return problems
+
+
 def is_store(path: Path) -> bool:
     """Tell whether a store is there; StoreError if something else is."""
     if (path / SETTINGS_FILE).exists():
         return True
-    if path.exists() and (not path.is_dir() or {file.name for file in path.iterdir()} - _OURS):
+    # A call that was killed at its first step has left what looks so; another one may begin.
+    ours = re.compile(rf"\.lock|{SETTINGS_FILE}|\.{SETTINGS_FILE}\..*tmp")
+    if path.exists() and not (
+        path.is_dir() and all(ours.fullmatch(f.name) for f in path.iterdir())
+    ):
         raise StoreError(f"{path} exists and is no flow store: choose another folder")
     return False
 
@@ -336,11 +293,12 @@ def read_settings(store: Path) -> dict[str, Any]:
             f"{store} is not a flow store: no readable {SETTINGS_FILE} in it "
             "(`ssl-flow flow VIDEOS --out STORE` makes a store)"
         ) from error
-    if version > VERSION:
+    if version > shard.VERSION:
         raise StoreError(
-            f"{store} has format version {version}, this ssl_flow reads up to {VERSION}: update it"
+            f"{store} has format version {version}, this ssl_flow reads up to "
+            f"{shard.VERSION}: update it"
         )
-    if settings.get("codec", "png") not in CODECS:
+    if settings.setdefault("codec", "png") not in CODECS:  # version 1 knew this one alone
         raise StoreError(f"{store}: codec {settings['codec']!r} is unknown; known: {CODECS}")
     return settings
 
@@ -349,7 +307,3 @@ def differing(settings: Mapping[str, Any], others: Mapping[str, Any]) -> str | N
     """Return the first key in which the settings of two stores differ."""
     keys = [*settings, *others]
     return next((key for key in keys if settings.get(key) != others.get(key)), None)
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return name == pattern or fnmatch.fnmatchcase(name, pattern)

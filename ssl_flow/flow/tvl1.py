@@ -14,23 +14,24 @@ It differs from [S] in four more places: the numbers of warps and iterations are
 variable lives on from warp to warp; the gradient is the mean of the two images'; pixels that leave
 the picture have no data term. Each was measured to lower the endpoint error.
 
-There is no start from a faster method such as DIS. The pyramid goes down to 16 pixels, and with it
-a start from DIS helped at motion of about 16 pixels only (0.64 for 0.76 px), changed nothing at 32
-and harmed at 8 (0.27 for 0.24 px).
+There is no start from DIS: with a pyramid down to 16 pixels it helped at motion of about 16 pixels
+only (0.64 for 0.76 px), changed nothing at 32 and harmed at 8 (0.27 for 0.24 px).
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import warnings
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .pyramid import Places, check_pair, check_scales, pyramid, resized, sample
+from .pyramid import Places, check, pyramid, resized, sample
 
 # Pixels solved at once. On a CPU one iteration touches 14 float32 planes, so 2^16 pixels are
 # 3.7 MB: larger blocks fall out of the cache, smaller ones spend their time in Python. Elsewhere
@@ -38,22 +39,6 @@ from .pyramid import Places, check_pair, check_scales, pyramid, resized, sample
 _CPU_BLOCK, _DEVICE_BLOCK = 2**16, 2**23
 # Added to the squared image gradient (grey levels^2 / pixel^2), which [S] tests for zero.
 _EPSILON = 1e-3
-
-
-class Solver(Protocol):
-    """The iterations at one scale; it keeps the dual variable from one call to the next."""
-
-    def __init__(
-        self, flow: Tensor, lambda_: float, theta: float, tau: float, iterations: int
-    ) -> None:
-        """Set the dual variable to 0 for flows shaped like `flow` (B, 2, H, W)."""
-
-    def __call__(self, flow: Tensor, gradient: Tensor, scaled: Tensor, rest: Tensor) -> None:
-        """Iterate on `flow` (B, 2, H, W), contiguous float32, in place.
-
-        `gradient` is that of the image (B, 2, H, W), `scaled` is gradient / |gradient|^2
-        (B, 2, H, W), `rest` the part of rho / |gradient|^2 that does not depend on u (B, 1, H, W).
-        """
 
 
 @torch.no_grad()
@@ -75,8 +60,7 @@ def tvl1(
     """Estimate where each pixel of `first` is found in `second`.
 
     Args:
-        first: grey images (B, H, W), values 0 to 255 in any type.
-        second: same shape, type and device.
+        first, second: grey images (B, H, W), values 0 to 255 in any type, on one device.
         lambda_: weight of the data term, 1 / grey level ([S] takes 0.15). Smaller is smoother.
         theta: how far u may be from its auxiliary v ([Z]); smaller is closer and slower.
         tau: time step of the dual update, at most 0.25: above, it does not converge.
@@ -86,20 +70,16 @@ def tvl1(
         scales: upper bound for the number of scales.
         min_side: no scale but the finest is smaller than this, pixels.
         median: filter the flow after each warp.
-        engine: what iterates. "torch" runs everywhere, "triton" on CUDA (or interpreted, see
-            ssl_flow/flow/tvl1_triton.py); "auto" is "triton" where that runs. The results are the
-            same to rounding.
+        engine: what iterates: "torch" runs everywhere, "triton" on CUDA (or interpreted); "auto" is
+            "triton" where that runs. The results are the same to rounding.
 
     Returns:
         (B, 2, H, W) float32 on the device of `first`, in pixels, x to the right, y downwards:
         `first[b, y, x]` is seen at `second[b, y + flow[b, 1, y, x], x + flow[b, 0, y, x]]`.
 
-    Raises:
-        ValueError: shapes are not as above, or an option is out of range.
-        ImportError: engine "triton" without the package triton.
+    Raises ValueError where shapes are not as above, or an option is out of range.
     """
-    check_pair(first, second)
-    check_scales(scale_step, warps=warps, iterations=iterations, scales=scales)
+    check(first, second, scale_step, warps=warps, iterations=iterations, scales=scales)
     if not (lambda_ > 0 and theta > 0 and 0 < tau <= 0.25):
         raise ValueError(
             "lambda_ and theta must be above 0, tau above 0 and at most 0.25; got "
@@ -108,29 +88,22 @@ def tvl1(
     batch, height, width = first.shape
     if first.numel() == 0:
         return torch.zeros(batch, 2, height, width, device=first.device)
-    solver = functools.partial(
-        _solver_class(engine, first.device),
-        lambda_=lambda_, theta=theta, tau=tau, iterations=iterations,
-    )  # fmt: skip
+    if engine not in ("auto", "torch", "triton"):
+        raise ValueError(f"engine must be 'auto', 'torch' or 'triton', got {engine!r}")
+    device = first.device
+    kind: Any = TorchSolver
+    if engine == "triton" or (engine == "auto" and device.type == "cuda" and _triton_runs(device)):
+        kind = importlib.import_module(".tvl1_triton", __package__).TritonSolver
+    solver = functools.partial(kind, lambda_=lambda_, theta=theta, tau=tau, iterations=iterations)
     levels = pyramid(torch.stack([first, second], 1).float(), scale_step, scales, min_side)
     flow = torch.zeros_like(levels[-1])
-    block = _CPU_BLOCK if first.device.type == "cpu" else _DEVICE_BLOCK
+    block = _CPU_BLOCK if device.type == "cpu" else _DEVICE_BLOCK
     for images in reversed(levels):  # (B, 2, H, W), the coarsest first
         flow = resized(flow, images.shape[2:])
         step = max(1, block // (images.shape[2] * images.shape[3]))
         parts = zip(images.split(step), flow.split(step), strict=True)
         flow = torch.cat([_one_scale(*part, warps, median, solver) for part in parts])
     return flow
-
-
-def _solver_class(engine: str, device: torch.device) -> type[Solver]:
-    if engine not in ("auto", "torch", "triton"):
-        raise ValueError(f"engine must be 'auto', 'torch' or 'triton', got {engine!r}")
-    if engine == "triton" or (engine == "auto" and device.type == "cuda" and _triton_runs(device)):
-        from .tvl1_triton import TritonSolver
-
-        return TritonSolver
-    return TorchSolver
 
 
 @functools.cache
@@ -151,7 +124,7 @@ def _triton_runs(device: torch.device) -> bool:
 
 
 def _one_scale(
-    images: Tensor, flow: Tensor, warps: int, median: bool, solver: functools.partial[Solver]
+    images: Tensor, flow: Tensor, warps: int, median: bool, solver: Callable[[Tensor], Any]
 ) -> Tensor:
     """Refine `flow` (B, 2, H, W) of the two `images` (B, 2, H, W) at one scale."""
     first, second = images[:, :1], images[:, 1:]
@@ -178,12 +151,12 @@ def _one_scale(
 
 
 class TorchSolver:
-    """The primal-dual iteration of [Z] in calls of torch; the interface is `Solver`'s."""
+    """The primal-dual iterations of [Z] at one scale; the dual variable lives on between calls."""
 
     def __init__(
         self, flow: Tensor, lambda_: float, theta: float, tau: float, iterations: int
     ) -> None:
-        """See `Solver`."""
+        """Set the dual variable to 0 for flows shaped like `flow` (B, 2, H, W)."""
         self.theta, self.limit, self.ratio = theta, lambda_ * theta, tau / theta
         self.iterations = iterations
         self.dual = flow.new_zeros(2, *flow.shape)  # p: (d/dx or d/dy, B, u_1 or u_2, H, W)
@@ -191,7 +164,11 @@ class TorchSolver:
         self.step = torch.empty_like(flow[:, :1])
 
     def __call__(self, flow: Tensor, gradient: Tensor, scaled: Tensor, rest: Tensor) -> None:
-        """See `Solver`."""
+        """Iterate on `flow` (B, 2, H, W), contiguous float32, in place.
+
+        `gradient` is that of the image (B, 2, H, W), `scaled` is gradient / |gradient|^2
+        (B, 2, H, W), `rest` the part of rho / |gradient|^2 that does not depend on u (B, 1, H, W).
+        """
         theta, limit, ratio = self.theta, self.limit, self.ratio
         dual, length, step = self.dual, self.length, self.step
         # Views are made once: making one costs as much as a small tensor operation.
@@ -232,8 +209,8 @@ def _gradient(image: Tensor) -> Tensor:
 def _median(flow: Tensor) -> Tensor:
     """Return the median of each pixel's 3x3 neighbourhood, (B, C, H, W).
 
-    Of the columns' sorted values, the median is the middle one of: the largest of the smallest,
-    the middle of the middle, the smallest of the largest.
+    Of the columns' sorted values it is the middle one of: the largest of the smallest, the middle
+    of the middle, the smallest of the largest.
     """
     padded = F.pad(flow, (1, 1, 1, 1), mode="replicate")
     a, b, c = padded[..., :-2, :], padded[..., 1:-1, :], padded[..., 2:, :]

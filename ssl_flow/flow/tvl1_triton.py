@@ -24,12 +24,12 @@ OPTIONS = {"num_warps": 4}
 
 
 class TritonSolver:
-    """Does what `tvl1.TorchSolver` does; the interface is `tvl1.Solver`'s."""
+    """Does what `tvl1.TorchSolver` does; the interface is the same."""
 
     def __init__(
         self, flow: Tensor, lambda_: float, theta: float, tau: float, iterations: int
     ) -> None:
-        """See `tvl1.Solver`."""
+        """See `tvl1.TorchSolver`."""
         self.numbers = (lambda_ * theta, theta, tau / theta)
         self.iterations = iterations
         batch, _, height, width = flow.shape
@@ -37,7 +37,7 @@ class TritonSolver:
         self.next_dual, self.next_flow = torch.empty_like(self.dual), torch.empty_like(flow)
 
     def __call__(self, flow: Tensor, gradient: Tensor, scaled: Tensor, rest: Tensor) -> None:
-        """See `tvl1.Solver`."""
+        """See `tvl1.TorchSolver`."""
         batch, _, height, width = flow.shape
         grid = (triton.cdiv(width, TILE_W), triton.cdiv(height, TILE_H), batch)
         now, then = (flow, self.dual), (self.next_flow, self.next_dual)

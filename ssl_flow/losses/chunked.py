@@ -23,105 +23,46 @@ vectors lie as (B, D, N), the layout in which the products are fastest.
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
-from ssl_flow.losses.reference import cosine, has_pairs, unit_sum
+from ssl_flow.losses.reference import InnerProducts, Options, row_coefficients, unit_sum
 
 # (embedding (B, N, D), flow (B, N, 2), weight (B, N), sigma) -> K_f (w ê) (B, N, D), |K_f|^2 (B,)
 GaussianProducts = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 _LOG2E = math.log2(math.e)
-# A CPU core's cache holds two tiles of 2^18 numbers (1 MiB of float32); a GPU wants large launches.
-_TILE_SIDE = {"cpu": 256, "cuda": 1024}
-_TILE_NUMBERS = {"cpu": 2**18, "cuda": 2**24}
+# Side and numbers of a tile: a CPU core's cache holds two of 2^18 (1 MiB of float32), a GPU wants
+# large launches.
+_CPU_TILE, _GPU_TILE = (256, 2**18), (1024, 2**24)
 _MANY_TILES = 16  # a side: from here on tiles twice as wide, for calls cost more than caches save
 
 
-class _Options(NamedTuple):
-    embedding_temperature: float
-    flow_sigma: float
-    flow_temperature: float
-    self_pairs: str
-
-
 def cross_entropy(
-    embedding: Tensor,
-    scale: float | Tensor,
-    flow: Tensor,
-    weight: Tensor,
-    *,
-    embedding_temperature: float,
-    flow_sigma: float,
-    flow_temperature: float,
-    self_pairs: str,
+    embedding: Tensor, scale: float | Tensor, flow: Tensor, weight: Tensor, options: Options
 ) -> Tensor:
     """Cross-entropy of the embedding's row softmax against the flow's, (B,)."""
-    options = _Options(embedding_temperature, flow_sigma, flow_temperature, self_pairs)
-    learns_scale = isinstance(scale, Tensor) and scale.requires_grad
-    needs_grad = torch.is_grad_enabled() and (embedding.requires_grad or learns_scale)
-    e, points = embedding.transpose(1, 2), flow.transpose(1, 2).contiguous()
-    loss: Tensor = _CrossEntropy.apply(e, scale, points, weight, options, needs_grad)
+    loss: Tensor = _CrossEntropy.apply(embedding.mT, scale, flow.mT.contiguous(), weight, options)
     return loss
 
 
-def target_entropy(
-    flow: Tensor,
-    weight: Tensor,
-    *,
-    flow_sigma: float,
-    flow_temperature: float,
-    self_pairs: str,
-) -> Tensor:
+def target_entropy(flow: Tensor, weight: Tensor, options: Options) -> Tensor:
     """Entropy H of the flow's row softmax, (B,): what the cross-entropy can't go below."""
-    options = _Options(1.0, flow_sigma, flow_temperature, self_pairs)
-    points, row = flow.transpose(1, 2).contiguous(), weight[:, None]
-    half = 0.5 / flow_temperature
+    points, row = flow.mT.contiguous(), weight[:, None]
+    half = 0.5 / options.flow_temperature
     y, yk = torch.zeros_like(row), torch.zeros_like(row)
     for tile in _tiles(points):
         exponent = _target_exponent(tile, points, options)
         target = torch.exp2(exponent, out=tile.scratch[1])
-        _drop_self_pairs(tile, target, options.self_pairs)
-        _accumulate(tile, y, target, row)
+        _accumulate(tile, y, target, row, options.exclude)
         # From the kernel's top, so that its many pixels of equal flow add no rounding.
-        _accumulate(tile, yk, target.mul_(exponent.sub_(half * _LOG2E)), row)
+        target.mul_(exponent.sub_(half * _LOG2E))
+        _accumulate(tile, yk, target, row, options.exclude)
     valid, coefficient = row_coefficients(weight)
     y = torch.where(valid, y[:, 0], 1)
     return (coefficient * (y.log() - half - yk[:, 0] / y / _LOG2E)).sum(-1)
-
-
-def kernel_alignment(
-    embedding: Tensor,
-    scale: float | Tensor,
-    flow: Tensor,
-    weight: Tensor,
-    *,
-    flow_sigma: float,
-    gaussian_products: GaussianProducts | None = None,
-) -> Tensor:
-    """One minus the cosine between the two kernel matrices, (B,). ``scale`` cancels."""
-    products = gaussian_products or _gaussian_products
-    e_f, e_e, f_f, _ = _inner_products(embedding, flow, weight, flow_sigma, products)
-    return torch.where(has_pairs(weight), 1 - cosine(e_f, e_e, f_f), 0)
-
-
-def regression(
-    embedding: Tensor,
-    scale: float | Tensor,
-    flow: Tensor,
-    weight: Tensor,
-    *,
-    flow_sigma: float,
-    gaussian_products: GaussianProducts | None = None,
-) -> Tensor:
-    """Mean squared difference of the two kernels over pairs, (B,)."""
-    products = gaussian_products or _gaussian_products
-    e_f, e_e, f_f, pairs = _inner_products(embedding, flow, weight, flow_sigma, products)
-    valid = has_pairs(weight)
-    total = scale**2 * e_e - 2 * scale * e_f + f_f
-    return torch.where(valid, total / torch.where(valid, pairs, 1), 0)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -129,93 +70,62 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,  # noqa: ANN401
         e: Tensor,  # (B, D, N)
         scale: float | Tensor,
         points: Tensor,  # (B, 2, N)
         weight: Tensor,  # (B, N)
-        options: _Options,
-        needs_grad: bool,
+        options: Options,
     ) -> Tensor:
         tau = options.embedding_temperature
         row = weight[:, None]
-        x_f = torch.cat([row, row * e], 1)  # (B, 1 + D, N)
-        x_e = x_f if needs_grad else row
-        sum_e, sum_f = _kernel_products(e, scale, points, x_e, x_f, options)
+        x = torch.cat([row, row * e], 1)  # (B, 1 + D, N)
+        sum_e, sum_f = _kernel_products(e, scale, points, x, x, options)
         valid, coefficient = row_coefficients(weight)
-        z = torch.where(valid, sum_e[:, 0], 1)
-        y = torch.where(valid, sum_f[:, 0], 1)
+        z, y = (torch.where(valid, t[:, 0], 1) for t in (sum_e, sum_f))
         mean_f = sum_f[:, 1:] / y[:, None]  # the target's mean of ê around each pixel
         rows = z.log() - (e * mean_f).sum(1) * (scale / tau)
-        if options.self_pairs == "subtract_identity":
+        if not options.exclude:
             # K'_e is K_e less 1 for the pixel itself, whose target weight is exp(0) w_u / y_u.
             rows += math.exp(-0.5 / options.flow_temperature) / tau * weight / y
-        if needs_grad:
-            pull = sum_e[:, 1:] / z[:, None] - mean_f  # (B, D, N)
-            ctx.save_for_backward(e, points, weight, coefficient, z, y, pull)
-            ctx.scale = scale.detach() if isinstance(scale, Tensor) else scale  # type: ignore
-            ctx.options = options  # type: ignore[attr-defined]
+        pull = sum_e[:, 1:] / z[:, None] - mean_f  # (B, D, N)
+        ctx.save_for_backward(e, points, weight, coefficient, z, y, pull)
+        ctx.scale = scale.detach() if isinstance(scale, Tensor) else scale
+        ctx.options = options
         return (coefficient * rows).sum(-1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        e, points, weight, coefficient, z, y, pull = ctx.saved_tensors  # type: ignore[attr-defined]
-        scale, options = ctx.scale, ctx.options  # type: ignore[attr-defined]
-        needs_e, needs_scale, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        e, points, weight, coefficient, z, y, pull = ctx.saved_tensors
+        scale, options = ctx.scale, ctx.options
         row_grad = grad[:, None] * coefficient / options.embedding_temperature  # (B, N)
         grad_e = grad_scale = None
-        if needs_scale:
+        if ctx.needs_input_grad[1]:
             grad_scale = (row_grad * (e * pull).sum(1)).sum().to(scale.dtype)
-        if needs_e:
+        if ctx.needs_input_grad[0]:
             x_e, x_f = (e * (weight / t)[:, None] for t in (z, y))
             with torch.autocast(e.device.type, enabled=False):
                 from_e, from_f = _kernel_products(e, scale, points, x_e, x_f, options)
             grad_e = (scale * row_grad)[:, None] * (pull + from_e - from_f)
-        return grad_e, grad_scale, None, None, None, None
-
-
-def _inner_products(
-    embedding: Tensor, flow: Tensor, weight: Tensor, sigma: float, products: GaussianProducts
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """<K_e, K_f> / s, |K_e|^2 / s^2, |K_f|^2 and the sum of pair weights, each (B,).
-
-    Over pairs of different pixels, with weights of sum 1.
-    """
-    w = unit_sum(weight)
-    product, f_f = products(embedding.detach(), flow, w, sigma)
-    # The form x^T K x, ``product = K x`` a constant: its value once, its gradient in x twice.
-    form = (w[..., None] * embedding * product).sum((1, 2))
-    e_f = 2 * form - form.detach()
-    e = embedding.transpose(1, 2)
-    # Taking the self pairs from a sum over all pairs cancels where few pixels count: do it in
-    # double precision, wherever the device has it (these are O(N) sums).
-    if e.device.type != "mps":
-        w, e = unit_sum(weight.double()), e.double()
-    gram = (w[:, None] * e) @ e.transpose(1, 2)  # (B, D, D)
-    e_e = gram.square().sum((1, 2)) - (w * e.square().sum(1)).square().sum(-1)
-    pairs = w.sum(-1).square() - w.square().sum(-1)
-    return e_f, e_e.to(weight.dtype), f_f, pairs.to(weight.dtype)
+        return grad_e, grad_scale, None, None, None
 
 
 def _kernel_products(
-    e: Tensor, scale: float | Tensor, points: Tensor, x_e: Tensor, x_f: Tensor, options: _Options
+    e: Tensor, scale: float | Tensor, points: Tensor, x_e: Tensor, x_f: Tensor, options: Options
 ) -> tuple[Tensor, Tensor]:
     """``exp(K'_e/tau_e) x_e`` and ``exp((K'_f - 1/2)/tau_f) x_f``; x_e, x_f are (B, any, N)."""
     out_e, out_f = torch.zeros_like(x_e), torch.zeros_like(x_f)
     unit = _LOG2E / options.embedding_temperature
-    left = (e * (scale * unit)).transpose(1, 2)
+    left = (e * (scale * unit)).mT
     for tile in _tiles(e):
         g, r, c = tile.images, tile.rows, tile.columns
         exponent = torch.bmm(left[g, r], e[g, :, c], out=tile.scratch[0])
-        if tile.on_diagonal and options.self_pairs == "subtract_identity":
+        if r == c and not options.exclude:
             exponent.diagonal(dim1=1, dim2=2).sub_(unit)
-        kernel = exponent.exp2_()
-        _drop_self_pairs(tile, kernel, options.self_pairs)
-        _accumulate(tile, out_e, kernel, x_e)
+        _accumulate(tile, out_e, exponent.exp2_(), x_e, options.exclude)
         kernel = _target_exponent(tile, points, options).exp2_()
-        _drop_self_pairs(tile, kernel, options.self_pairs)
-        _accumulate(tile, out_f, kernel, x_f)
+        _accumulate(tile, out_f, kernel, x_f, options.exclude)
     return out_e, out_f
 
 
@@ -223,16 +133,38 @@ def _gaussian_products(
     e: Tensor, flow: Tensor, weight: Tensor, sigma: float
 ) -> tuple[Tensor, Tensor]:
     """``K_f (w ê)`` (B, N, D) and ``|K_f|^2`` (B,), without the self pairs."""
-    row, points = weight[:, None], flow.transpose(1, 2).contiguous()
-    x = row * e.transpose(1, 2)
-    product = torch.zeros_like(x)
-    squared = torch.zeros_like(row)
+    row, points = weight[:, None], flow.mT.contiguous()
+    x = row * e.mT
+    product, squared = torch.zeros_like(x), torch.zeros_like(row)
     for tile in _tiles(points):
         kernel = _gaussian(tile, points, sigma, 1.0)
-        _drop_self_pairs(tile, kernel, "exclude")
-        _accumulate(tile, product, kernel, x)
-        _accumulate(tile, squared, kernel.square_(), row)
-    return product.transpose(1, 2), (squared * row).sum((1, 2))
+        _accumulate(tile, product, kernel, x, exclude=True)
+        _accumulate(tile, squared, kernel.square_(), row, exclude=True)
+    return product.mT, (squared * row).sum((1, 2))
+
+
+def inner_products(
+    embedding: Tensor,
+    flow: Tensor,
+    weight: Tensor,
+    options: Options,
+    products: GaussianProducts = _gaussian_products,
+) -> InnerProducts:
+    """The sums over pairs that alignment and regression are made of."""
+    w = unit_sum(weight)
+    product, f_f = products(embedding.detach(), flow, w, options.flow_sigma)
+    # The form x^T K x, ``product = K x`` a constant: its value once, its gradient in x twice.
+    form = (w[..., None] * embedding * product).sum((1, 2))
+    e_f = 2 * form - form.detach()
+    e = embedding.mT
+    # Taking the self pairs from a sum over all pairs cancels where few pixels count: do it in
+    # double precision, wherever the device has it (these are O(N) sums).
+    if e.device.type != "mps":
+        w, e = unit_sum(weight.double()), e.double()
+    gram = (w[:, None] * e) @ e.mT  # (B, D, D)
+    e_e = gram.square().sum((1, 2)) - (w * e.square().sum(1)).square().sum(-1)
+    pairs = w.sum(-1).square() - w.square().sum(-1)
+    return InnerProducts(e_f, e_e.to(weight.dtype), f_f, pairs.to(weight.dtype))
 
 
 class _Tile(NamedTuple):
@@ -240,20 +172,16 @@ class _Tile(NamedTuple):
 
     images: slice
     rows: slice
-    columns: slice
+    columns: slice  # the same as rows on the diagonal
     scratch: tuple[Tensor, Tensor]
-
-    @property
-    def on_diagonal(self) -> bool:
-        return self.rows == self.columns
 
 
 def _tiles(like: Tensor) -> Iterator[_Tile]:
     """The tiles on and above the diagonal for ``like`` (B, any, N). They share their scratch."""
     b, _, n = like.shape
-    side = _TILE_SIDE.get(like.device.type, 1024)
+    side, numbers = _CPU_TILE if like.device.type == "cpu" else _GPU_TILE
     side = min(n, 2 * side if n > _MANY_TILES * side else side)
-    images = min(b, max(1, _TILE_NUMBERS.get(like.device.type, 2**24) // side**2))
+    images = min(b, max(1, numbers // side**2))
     buffers = [like.new_empty(images * side * side) for _ in range(2)]
     sides = _slices(n, side)
     for g in _slices(b, images):
@@ -268,11 +196,13 @@ def _slices(length: int, step: int) -> list[slice]:
     return [slice(i, min(i + step, length)) for i in range(0, length, step)]
 
 
-def _accumulate(tile: _Tile, out: Tensor, kernel: Tensor, x: Tensor) -> None:
+def _accumulate(tile: _Tile, out: Tensor, kernel: Tensor, x: Tensor, exclude: bool) -> None:
     """Add to ``out = K x`` (B, any, N) what this tile and its mirror image give."""
     g, r, c = tile.images, tile.rows, tile.columns
-    out[g, :, r].baddbmm_(x[g, :, c], kernel.transpose(1, 2))
-    if not tile.on_diagonal:
+    if r == c and exclude:
+        kernel.diagonal(dim1=1, dim2=2).zero_()
+    out[g, :, r].baddbmm_(x[g, :, c], kernel.mT)
+    if r != c:
         out[g, :, c].baddbmm_(x[g, :, r], kernel)
 
 
@@ -293,22 +223,10 @@ def _gaussian(tile: _Tile, points: Tensor, sigma: float, amplitude: float) -> Te
     return out.exp2_()
 
 
-def _target_exponent(tile: _Tile, points: Tensor, options: _Options) -> Tensor:
+def _target_exponent(tile: _Tile, points: Tensor, options: Options) -> Tensor:
     """``(K'_f - 1/2) log2(e) / tau_f``: less 1/2, since N exp(80) is too large for float32."""
     unit = _LOG2E / options.flow_temperature
     exponent = _gaussian(tile, points, options.flow_sigma, unit)
-    if tile.on_diagonal and options.self_pairs == "subtract_identity":
+    if tile.rows == tile.columns and not options.exclude:
         exponent.diagonal(dim1=1, dim2=2).sub_(unit)
     return exponent.sub_(unit / 2)
-
-
-def _drop_self_pairs(tile: _Tile, kernel: Tensor, self_pairs: str) -> None:
-    if tile.on_diagonal and self_pairs == "exclude":
-        kernel.diagonal(dim1=1, dim2=2).zero_()
-
-
-def row_coefficients(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Which images have pairs, (B, 1), and each row's part of its image's mean, (B, N)."""
-    valid = has_pairs(weight)[:, None]
-    total = torch.where(valid, weight.sum(-1, keepdim=True), 1)
-    return valid, torch.where(valid, weight / total, 0)

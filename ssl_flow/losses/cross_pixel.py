@@ -6,6 +6,7 @@ Formulas and source (arXiv 1807.05636): :mod:`ssl_flow.losses.reference`.
 import importlib.util
 import math
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,39 +65,47 @@ class CrossPixelFlowLoss(torch.nn.Module):
     ) -> None:
         """Check and keep the options; see the class."""
         super().__init__()
-        _check_choice("objective", objective, OBJECTIVES)
-        _check_choice("self_pairs", self_pairs, SELF_PAIRS)
-        _check_choice("backend", backend, BACKENDS)
-        for name, value in {
-            "embedding_scale": embedding_scale,
-            "embedding_temperature": embedding_temperature,
-            "flow_sigma": flow_sigma,
-            "flow_temperature": flow_temperature,
-        }.items():
+        for name, found, known in (
+            ("objective", objective, OBJECTIVES),
+            ("self_pairs", self_pairs, SELF_PAIRS),
+            ("backend", backend, BACKENDS),
+        ):
+            if found not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}; found {found!r}")
+        numbers = (embedding_scale, embedding_temperature, flow_sigma, flow_temperature)
+        for name, value in zip(
+            ("embedding_scale", *reference.Options._fields), numbers, strict=False
+        ):
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a positive finite number, found {value}")
         if objective == "cross_entropy":
-            _check_exponents(embedding_scale, embedding_temperature, flow_temperature)
+            learned, target = 2 * embedding_scale / embedding_temperature, 1 / flow_temperature
+            if max(learned, target) > _MAX_EXPONENT:
+                raise ValueError(
+                    "2 embedding_scale / embedding_temperature and 1 / flow_temperature must be at "
+                    f"most {_MAX_EXPONENT:g}, found {learned:g} and {target:g}: raise the "
+                    "temperature or lower the scale"
+                )
         elif self_pairs == "subtract_identity":
             raise ValueError(
                 f"self_pairs='subtract_identity' is for objective='cross_entropy', found "
                 f"objective={objective!r}: use self_pairs='exclude'"
             )
-        if backend == "triton":
-            _triton_backend()
         if learn_scale and objective == "kernel_alignment":
             raise ValueError(
                 "learn_scale=True has no effect with objective='kernel_alignment', which doesn't "
                 "depend on the scale: use learn_scale=False"
             )
+        if backend == "triton" and not _HAS_TRITON:
+            raise ModuleNotFoundError(
+                "backend='triton' needs the package triton, which comes with PyTorch's CUDA "
+                "builds: pip install triton, or use backend='chunked'"
+            )
         self.objective = objective
         self.embedding_scale = float(embedding_scale)
-        self.embedding_temperature = float(embedding_temperature)
-        self.flow_sigma = float(flow_sigma)
-        self.flow_temperature = float(flow_temperature)
-        self.self_pairs = self_pairs
-        self.learn_scale = learn_scale
+        self.options = reference.Options(*numbers[1:], self_pairs == "exclude")
         self.backend = backend
+        self.learn_scale = learn_scale
         if learn_scale:
             self.log_scale = torch.nn.Parameter(torch.tensor(math.log(embedding_scale)))
 
@@ -113,7 +122,7 @@ class CrossPixelFlowLoss(torch.nn.Module):
         log_scale = self.log_scale.to(torch.promote_types(self.log_scale.dtype, torch.float32))
         upper = None
         if self.objective == "cross_entropy":
-            upper = math.log(_MAX_EXPONENT / 2 * self.embedding_temperature)
+            upper = math.log(_MAX_EXPONENT / 2 * self.options.embedding_temperature)
         lower = math.log(min(_MIN_SCALE, self.embedding_scale))
         clamped = log_scale.clamp(lower, upper)
         return (log_scale + (clamped - log_scale).detach()).exp()
@@ -139,20 +148,20 @@ class CrossPixelFlowLoss(torch.nn.Module):
             not finite; it isn't raised, since looking would make a GPU wait.
 
         Raises:
-            TypeError: if a tensor isn't of a floating-point type, or is float64 with
-                ``backend="triton"``.
+            TypeError: if a tensor isn't of a floating-point type.
             ValueError: if shapes or devices don't fit together, or flow or weight requires grad, or
-                ``backend="triton"`` can't run on that device or that many channels.
+                ``backend="triton"`` can't run on that device, type or number of channels.
         """
-        _check_inputs(flow, weight, embedding)
         with torch.autocast(embedding.device.type, enabled=False):
-            dtype = _compute_dtype(embedding)
-            w, flow_rows, poison = _prepare(flow, weight, dtype)
-            e = torch.where(w[..., None] != 0, _rows(embedding).to(dtype), 0)
-            # The squared length is what normalising needs to be finite.
-            poison = poison * _nan_unless(e.detach().square().sum(-1).isfinite().all(-1), dtype)
-            e = F.normalize(e, dim=-1, eps=1e-6)
-            return self._objective(e, flow_rows, w) * poison
+            e, f, w, poison = pixels(embedding, flow, weight)
+            backend = self._backend(e)
+            if self.objective == "cross_entropy":
+                loss: Tensor = backend.cross_entropy(e, self.scale, f, w, self.options)
+                return loss * poison
+            products = backend.inner_products(e, f, w, self.options)
+            if self.objective == "regression":
+                return reference.regression(products, w, self.scale) * poison
+            return reference.kernel_alignment(products, w) * poison
 
     @torch.no_grad()
     def target_entropy(self, flow: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -168,16 +177,9 @@ class CrossPixelFlowLoss(torch.nn.Module):
             raise ValueError(
                 f"target_entropy needs objective='cross_entropy', found {self.objective!r}"
             )
-        _check_inputs(flow, weight)
         with torch.autocast(flow.device.type, enabled=False):
-            w, flow_rows, poison = _prepare(flow, weight, _compute_dtype(flow))
-            entropy: Tensor = self._backend(flow_rows).target_entropy(
-                flow_rows,
-                w,
-                flow_sigma=self.flow_sigma,
-                flow_temperature=self.flow_temperature,
-                self_pairs=self.self_pairs,
-            )
+            e, f, w, poison = pixels(torch.ones_like(flow[:, :1]), flow, weight)
+            entropy: Tensor = self._backend(e).target_entropy(f, w, self.options)
             return entropy * poison
 
     @torch.no_grad()
@@ -186,93 +188,47 @@ class CrossPixelFlowLoss(torch.nn.Module):
 
         Shapes, NaN and errors as for :meth:`per_image`. No gradient.
         """
-        _check_inputs(flow, weight)
         return self.per_image(torch.ones_like(flow[:, :1]), flow, weight)
-
-    def extra_repr(self) -> str:
-        """The options, for ``print``."""
-        text = (
-            f"objective={self.objective!r}, embedding_scale={self.embedding_scale:g}, "
-            f"flow_sigma={self.flow_sigma:g}, learn_scale={self.learn_scale}, "
-            f"backend={self.backend!r}"
-        )
-        if self.objective == "cross_entropy":
-            text += (
-                f", embedding_temperature={self.embedding_temperature:g}, "
-                f"flow_temperature={self.flow_temperature:g}, self_pairs={self.self_pairs!r}"
-            )
-        return text
 
     def _backend(self, rows: Tensor) -> ModuleType:
         """The module that computes for ``rows`` (B, N, channels)."""
-        name = self.backend
-        if name == "auto":
-            name = "triton" if _suits_triton(rows) else "chunked"
-        if name == "triton":
-            return _triton_backend()
-        return chunked if name == "chunked" else reference
-
-    def _objective(self, embedding: Tensor, flow: Tensor, weight: Tensor) -> Tensor:
-        options: dict[str, float | str] = {"flow_sigma": self.flow_sigma}
-        if self.objective == "cross_entropy":
-            options["embedding_temperature"] = self.embedding_temperature
-            options["flow_temperature"] = self.flow_temperature
-            options["self_pairs"] = self.self_pairs
-        function = getattr(self._backend(embedding), self.objective)
-        loss: Tensor = function(embedding, self.scale, flow, weight, **options)
-        return loss
-
-
-def _check_choice(name: str, found: str, known: tuple[str, ...]) -> None:
-    if found not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}; found {found!r}")
-
-
-def _triton_backend() -> ModuleType:
-    try:
+        if self.backend == "reference":
+            return reference
+        if self.backend == "chunked" or (
+            self.backend == "auto" and not (rows.is_cuda and _HAS_TRITON)
+        ):
+            return chunked
         from ssl_flow.losses import triton_pairwise
-    except ModuleNotFoundError as error:
-        if error.name and error.name.partition(".")[0] not in ("triton", "ssl_flow"):
-            raise
-        raise ModuleNotFoundError(
-            "backend='triton' needs the package triton, which comes with PyTorch's CUDA builds: "
-            "pip install triton, or use backend='chunked'"
-        ) from error
-    return triton_pairwise
+
+        obstacle = triton_pairwise.obstacle(rows)
+        if not obstacle:
+            return triton_pairwise
+        if self.backend == "triton":
+            raise ValueError(f"backend='triton' {obstacle}: use backend='chunked'")
+        return chunked
 
 
-def _suits_triton(rows: Tensor) -> bool:
-    """Whether the fused kernels run on ``rows`` (B, N, channels): float16 tensor cores, mainly."""
-    return (
-        rows.is_cuda
-        and torch.version.cuda is not None
-        and rows.dtype == torch.float32
-        and rows.shape[-1] <= 256
-        and torch.cuda.get_device_capability(rows.device) >= (8, 0)
-        and _HAS_TRITON
-    )
+class Pixels(NamedTuple):
+    """The pixels of a batch as rows, 0 where they are ignored."""
+
+    embedding: Tensor  # (B, N, D)
+    flow: Tensor  # (B, N, 2)
+    weight: Tensor  # (B, N)
+    poison: Tensor  # (B,) 1, or NaN for an image with values that a loss can't be computed of
 
 
-def _check_exponents(scale: float, embedding_temperature: float, flow_temperature: float) -> None:
-    if 2 * scale / embedding_temperature > _MAX_EXPONENT:
-        raise ValueError(
-            f"2 embedding_scale / embedding_temperature must be at most {_MAX_EXPONENT:g}, found "
-            f"2 * {scale} / {embedding_temperature}: raise the temperature or lower the scale"
-        )
-    if 1 / flow_temperature > _MAX_EXPONENT:
-        raise ValueError(
-            f"1 / flow_temperature must be at most {_MAX_EXPONENT:g}, found "
-            f"1 / {flow_temperature}: raise it to {1 / _MAX_EXPONENT} or more"
-        )
+def pixels(embedding: Tensor, flow: Tensor, weight: Tensor | None) -> Pixels:
+    """Check (B, D, H, W), (B, 2, H, W), (B, H, W); normalise the embedding; float32 or float64.
 
-
-def _check_inputs(flow: Tensor, weight: Tensor | None, embedding: Tensor | None = None) -> None:
-    """Raise TypeError or ValueError if the tensors don't fit; looks at no values."""
-    anchor, anchor_name = (flow, "flow") if embedding is None else (embedding, "embedding")
-    named = [(embedding, "embedding", 4), (flow, "flow", 4), (weight, "weight", 3)]
-    for tensor, name, dims in named:
-        if tensor is None:
-            continue
+    Raises TypeError or ValueError, see :meth:`CrossPixelFlowLoss.per_image`; looks at no values.
+    """
+    if weight is None:
+        weight = torch.ones_like(flow[:, 0])
+    for name, tensor, dims in (
+        ("flow", flow, 4),
+        ("embedding", embedding, 4),
+        ("weight", weight, 3),
+    ):
         shape = tuple(tensor.shape)
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be floating point, found {tensor.dtype}")
@@ -281,40 +237,23 @@ def _check_inputs(flow: Tensor, weight: Tensor | None, embedding: Tensor | None 
             raise ValueError(f"{name} must be {layout} and not empty, found shape {shape}")
         if name == "flow" and shape[1] != 2:
             raise ValueError(f"flow must have 2 channels, (B, 2, H, W), found shape {shape}")
-        if (shape[0], *shape[-2:]) != (anchor.shape[0], *anchor.shape[-2:]):
+        if (shape[0], *shape[-2:]) != (flow.shape[0], *flow.shape[-2:]):
             raise ValueError(
-                f"{name} and {anchor_name} must agree in B, H and W, found {shape} and "
-                f"{tuple(anchor.shape)}: bring the flow to the embedding's grid first"
+                f"{name} and flow must agree in B, H and W, found {shape} and "
+                f"{tuple(flow.shape)}: bring the flow to the embedding's grid first"
             )
-        if tensor.device != anchor.device:
+        if tensor.device != flow.device:
             raise ValueError(
-                f"{name} and {anchor_name} must be on one device, found {tensor.device} and "
-                f"{anchor.device}"
+                f"{name} and flow must be on one device, found {tensor.device} and {flow.device}"
             )
         if name != "embedding" and tensor.requires_grad:
             raise ValueError(f"{name} gets no gradient here, found requires_grad: detach it")
-
-
-def _compute_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _rows(image: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H W, C)."""
-    return image.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def _prepare(
-    flow: Tensor, weight: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight (B, N), flow (B, N, 2) with 0 where it is ignored, and 1 or NaN per image (B,)."""
-    if weight is None:
-        weight = torch.ones_like(flow[:, 0])
+    dtype = torch.float64 if embedding.dtype == torch.float64 else torch.float32
     w = weight.flatten(1).to(dtype)
-    rows = torch.where(w[..., None] != 0, _rows(flow).to(dtype), 0)
-    good = (rows.isfinite().all(-1) & w.isfinite() & (w >= 0)).all(-1)
-    return w, rows, _nan_unless(good, dtype)
-
-
-def _nan_unless(good: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.where(good, 1.0, torch.nan).to(dtype)
+    used = w[..., None] != 0
+    e, f = (torch.where(used, image.flatten(2).mT.to(dtype), 0) for image in (embedding, flow))
+    # The squared length is what normalising needs to be finite.
+    good = (w.isfinite() & (w >= 0) & e.detach().square().sum(-1).isfinite()).all(-1)
+    good = good & f.isfinite().flatten(1).all(-1)
+    poison = torch.where(good, 1.0, torch.nan).to(dtype)
+    return Pixels(F.normalize(e, dim=-1, eps=1e-6), f, w, poison)

@@ -28,87 +28,86 @@ the two row softmaxes S, less a constant; with the target's entropy in the same 
 the divergence is ``KL = L - H >= 0``. An image with fewer than two weighted pixels has no pairs and
 its loss is 0 (with a gradient of zeros).
 
-Every function here takes ``embedding`` (B, N, D) of unit length, ``scale`` (s, a float or a tensor
-of no dimensions), ``flow`` (B, N, 2) and ``weight`` (B, N), all finite and of one dtype, and
-returns (B,). They make N x N matrices and keep them for autograd.
+The functions take ``embedding`` (B, N, D) of unit length, ``scale`` (s, a float or a tensor of no
+dimensions), ``flow`` (B, N, 2) and ``weight`` (B, N), all finite and of one dtype, and return (B,).
+A back end has ``cross_entropy``, ``target_entropy`` and ``inner_products``; those here make N x N
+matrices and keep them for autograd.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-def has_pairs(weight: Tensor) -> Tensor:
-    """Which images of ``weight`` (B, N) have a pair of weighted pixels, (B,) bool."""
-    return (weight != 0).sum(-1) >= 2
+class Options(NamedTuple):
+    """What a loss is computed with, whatever its back end."""
+
+    embedding_temperature: float
+    flow_sigma: float
+    flow_temperature: float
+    exclude: bool
+    """Self pairs are left out; else the identity is subtracted from both kernels."""
+
+
+class InnerProducts(NamedTuple):
+    """Sums over pairs of different pixels with weights of sum 1, K_e of scale 1; each (B,)."""
+
+    e_f: Tensor  # <K_e, K_f>
+    e_e: Tensor  # |K_e|^2
+    f_f: Tensor  # |K_f|^2
+    pairs: Tensor  # of the weights alone
 
 
 def cross_entropy(
-    embedding: Tensor,
-    scale: float | Tensor,
-    flow: Tensor,
-    weight: Tensor,
-    *,
-    embedding_temperature: float,
-    flow_sigma: float,
-    flow_temperature: float,
-    self_pairs: str,
+    embedding: Tensor, scale: float | Tensor, flow: Tensor, weight: Tensor, options: Options
 ) -> Tensor:
     """Cross-entropy of the embedding's row softmax against the flow's, (B,)."""
-    valid = has_pairs(weight)
-    k_e, k_f, m = _kernels(embedding, scale, flow, flow_sigma, self_pairs)
-    mw = m * weight[:, None, :]
-    z = (mw * torch.exp(k_e / embedding_temperature)).sum(-1)
+    k_e, k_f, m = _kernels(embedding, scale, flow, options)
     # Only the ratio to y matters, so the exponent's range may be centred: exp(80) N overflows.
-    p_f = mw * torch.exp((k_f - 0.5) / flow_temperature)
-    y = p_f.sum(-1)
-    z, y = (torch.where(valid[:, None], t, 1) for t in (z, y))
-    rows = z.log() - (p_f * k_e / embedding_temperature).sum(-1) / y
-    return _weighted_mean(rows, weight, valid)
+    target = (k_f - 0.5) / options.flow_temperature
+    return _softmax_loss(k_e / options.embedding_temperature, target, m, weight)
 
 
-def target_entropy(
-    flow: Tensor,
-    weight: Tensor,
-    *,
-    flow_sigma: float,
-    flow_temperature: float,
-    self_pairs: str,
-) -> Tensor:
+def target_entropy(flow: Tensor, weight: Tensor, options: Options) -> Tensor:
     """Entropy H of the flow's row softmax, (B,): what the cross-entropy can't go below."""
-    valid = has_pairs(weight)
-    _, k_f, m = _kernels(flow, 1.0, flow, flow_sigma, self_pairs)
-    k_f = k_f - 0.5  # leaves log y - <k_f/tau> as it is and keeps exp(80) N from overflowing
-    p_f = m * weight[:, None, :] * torch.exp(k_f / flow_temperature)
-    y = torch.where(valid[:, None], p_f.sum(-1), 1)
-    rows = y.log() - (p_f * k_f / flow_temperature).sum(-1) / y
-    return _weighted_mean(rows, weight, valid)
+    _, k_f, m = _kernels(flow, 1.0, flow, options)
+    target = (k_f - 0.5) / options.flow_temperature
+    return _softmax_loss(target, target, m, weight)
 
 
-def kernel_alignment(
-    embedding: Tensor, scale: float | Tensor, flow: Tensor, weight: Tensor, *, flow_sigma: float
-) -> Tensor:
-    """One minus the cosine between the two kernel matrices, (B,). ``scale`` cancels."""
-    k_e, k_f, m = _kernels(embedding, 1.0, flow, flow_sigma, "exclude")
-    mww = m * pair_weights(weight)
-    e_f, e_e, f_f = ((mww * a * b).sum((1, 2)) for a, b in ((k_e, k_f), (k_e, k_e), (k_f, k_f)))
-    return torch.where(has_pairs(weight), 1 - cosine(e_f, e_e, f_f), 0)
+def inner_products(
+    embedding: Tensor, flow: Tensor, weight: Tensor, options: Options
+) -> InnerProducts:
+    """The sums over pairs that alignment and regression are made of."""
+    k_e, k_f, m = _kernels(embedding, 1.0, flow, options)
+    w = unit_sum(weight)
+    mww = m * w[:, :, None] * w[:, None, :]
+    return InnerProducts(*((mww * p).sum((1, 2)) for p in (k_e * k_f, k_e**2, k_f**2, 1)))
 
 
-def regression(
-    embedding: Tensor, scale: float | Tensor, flow: Tensor, weight: Tensor, *, flow_sigma: float
-) -> Tensor:
+def kernel_alignment(products: InnerProducts, weight: Tensor) -> Tensor:
+    """One minus the cosine between the two kernel matrices, (B,); the scale cancels.
+
+    A kernel whose root mean square is below 1e-6 counts as all zeros: rounding noise has no
+    direction worth learning, so the cosine is about 0 there instead of anything from -1 to 1.
+    """
+    e_f, e_e, f_f, _ = products
+    cosine = e_f / (e_e.clamp_min(1e-12) * f_f.clamp_min(1e-12)).sqrt()
+    return torch.where(has_pairs(weight), 1 - cosine, 0)
+
+
+def regression(products: InnerProducts, weight: Tensor, scale: float | Tensor) -> Tensor:
     """Mean squared difference of the two kernels over pairs, (B,)."""
+    e_f, e_e, f_f, pairs = products
     valid = has_pairs(weight)
-    k_e, k_f, m = _kernels(embedding, scale, flow, flow_sigma, "exclude")
-    mww = m * pair_weights(weight)
-    pairs = torch.where(valid, mww.sum((1, 2)), 1)
-    return torch.where(valid, (mww * (k_e - k_f).square()).sum((1, 2)) / pairs, 0)
+    total = scale**2 * e_e - 2 * scale * e_f + f_f
+    return torch.where(valid, total / torch.where(valid, pairs, 1), 0)
 
 
-def pair_weights(weight: Tensor) -> Tensor:
-    """w_u w_v, (B, N, N), of weights divided by their sum: both users are free of its scale."""
-    weight = unit_sum(weight)
-    return weight[:, :, None] * weight[:, None, :]
+def has_pairs(weight: Tensor) -> Tensor:
+    """Which images of ``weight`` (B, N) have a pair of weighted pixels, (B,) bool."""
+    return (weight != 0).sum(-1) >= 2
 
 
 def unit_sum(weight: Tensor) -> Tensor:
@@ -117,29 +116,29 @@ def unit_sum(weight: Tensor) -> Tensor:
     return weight / torch.where(total == 0, 1, total)
 
 
-def cosine(e_f: Tensor, e_e: Tensor, f_f: Tensor) -> Tensor:
-    """<K_e, K_f> / (|K_e| |K_f|) from the three inner products.
-
-    A kernel whose root mean square is below 1e-6 counts as all zeros: rounding noise has no
-    direction worth learning, so the cosine is about 0 there instead of anything from -1 to 1.
-    """
-    return e_f / (e_e.clamp_min(1e-12) * f_f.clamp_min(1e-12)).sqrt()
+def row_coefficients(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Which images have pairs, (B, 1), and each row's part of its image's mean, (B, N)."""
+    valid = has_pairs(weight)[:, None]
+    return valid, torch.where(valid, unit_sum(weight), 0)
 
 
 def _kernels(
-    embedding: Tensor, scale: float | Tensor, flow: Tensor, sigma: float, self_pairs: str
+    embedding: Tensor, scale: float | Tensor, flow: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """K'_e, K'_f and m, each (B or 1, N, N)."""
-    k_e = scale * embedding @ embedding.transpose(1, 2)
+    k_e = scale * embedding @ embedding.mT
     difference = flow[:, :, None, :] - flow[:, None, :, :]  # (B, N, N, 2)
-    k_f = torch.exp(-difference.square().sum(-1) / (2 * sigma**2))
+    k_f = torch.exp(-difference.square().sum(-1) / (2 * options.flow_sigma**2))
     identity = torch.eye(flow.shape[1], dtype=flow.dtype, device=flow.device)[None]
-    if self_pairs == "subtract_identity":
-        return k_e - identity, k_f - identity, torch.ones_like(identity)
-    return k_e, k_f, 1 - identity
+    if options.exclude:
+        return k_e, k_f, 1 - identity
+    return k_e - identity, k_f - identity, torch.ones_like(identity)
 
 
-def _weighted_mean(rows: Tensor, weight: Tensor, valid: Tensor) -> Tensor:
-    """Mean of ``rows`` (B, N) by weight; 0 for an image that isn't ``valid``."""
-    total = torch.where(valid, weight.sum(-1), 1)
-    return torch.where(valid, (weight * rows).sum(-1) / total, 0)
+def _softmax_loss(learned: Tensor, target: Tensor, m: Tensor, weight: Tensor) -> Tensor:
+    """Cross-entropy of two row softmaxes with these exponents (B, N, N), weighted mean (B,)."""
+    valid, coefficient = row_coefficients(weight)
+    mw = m * weight[:, None, :]
+    z, p = (mw * learned.exp()).sum(-1), mw * target.exp()
+    z, y = (torch.where(valid, t, 1) for t in (z, p.sum(-1)))
+    return (coefficient * (z.log() - (p * learned).sum(-1) / y)).sum(-1)

@@ -18,53 +18,33 @@ small ripples on one constant vector can't be read out: the embedding has to spe
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_flow.losses.cross_pixel import (
-    _check_choice,
-    _check_inputs,
-    _compute_dtype,
-    _nan_unless,
-    _prepare,
-    _rows,
-)
+from ssl_flow.losses.cross_pixel import Pixels, pixels
 
-NORMS = ("l1", "l2")
 _STILL = 1e-3  # flow units; an image that a constant explains better than this has no motion
-Pixels = tuple[Tensor, Tensor, Tensor]  # embedding (B, N, D), flow (B, N, 2), weight (B, N)
 
 
 class RidgeFlowLoss(torch.nn.Module):
-    """The flow of an image, regressed linearly (with an intercept) on its pixels' embedding.
+    """The flow of an image, regressed linearly (with an intercept) on its pixels' unit embedding.
 
     1 = no better than a constant, 0 = perfect; above 1 = the map found on the pixels fitted on
     misleads on those scored on.
 
     Args:
         ridge: penalty on the slopes, not on the intercept, relative to the mean square of the
-            embedding's components; so neither its length nor the number of pixels matters.
-        norm: ``"l1"`` (robust) or ``"l2"`` (squares: the loss is 1 - R^2), summed over u and v.
-        normalize: bring the embedding to unit length first.
+            embedding's components; so the number of pixels doesn't matter.
 
     Raises:
-        ValueError: if ``ridge`` isn't a positive number or ``norm`` isn't one of the two.
-
-    Example:
-        >>> loss = RidgeFlowLoss()
-        >>> embedding = torch.randn(2, 16, 8, 8, requires_grad=True)
-        >>> loss(embedding, flow=torch.randn(2, 2, 8, 8)).backward()
+        ValueError: if ``ridge`` isn't a positive number.
     """
 
-    def __init__(self, ridge: float = 0.1, norm: str = "l1", normalize: bool = True) -> None:
-        """Check and keep the options; see the class."""
+    def __init__(self, ridge: float = 0.1) -> None:
+        """Check and keep the option; see the class."""
         super().__init__()
         if not (math.isfinite(ridge) and ridge > 0):
             raise ValueError(f"ridge must be a positive finite number, found {ridge}")
-        _check_choice("norm", norm, NORMS)
         self.ridge = float(ridge)
-        self.norm = norm
-        self.normalize = normalize
 
     def forward(
         self,
@@ -86,12 +66,8 @@ class RidgeFlowLoss(torch.nn.Module):
         """The loss of each image, (B,).
 
         Args:
-            embedding: (B, D, H, W) floating point. Half precision is computed in float32, float64
-                stays.
-            flow: (B, 2, H, W) floating point, at the embedding's resolution; x right, y down, any
-                unit. It gets no gradient.
-            weight: (B, H, W) floating point or None for ones. A pixel of weight 0 is ignored,
-                whatever it holds (NaN too).
+            embedding, flow, weight: as `CrossPixelFlowLoss.per_image` takes them, with the same
+                errors and NaN; flow in any unit.
             fit: None splits the pixels in random halves, one of each two neighbours by a coin
                 (PyTorch's global generator), and scores each half by the map fitted on the other.
                 Or ``(embedding, flow, weight)`` of another crop of the same frames, of any size,
@@ -100,79 +76,37 @@ class RidgeFlowLoss(torch.nn.Module):
 
         Returns:
             (B,) float32 (float64 for float64 embeddings). 0, differentiably, for an image without
-            usable pixels to fit and to score on, or whose flow there is one constant. NaN, and a
-            gradient of NaN, for an image with a value that isn't finite where the weight isn't 0,
-            or a weight that is negative or not finite.
-
-        Raises:
-            TypeError: if a tensor isn't of a floating-point type.
-            ValueError: if shapes or devices don't fit together, or flow or weight requires grad.
+            usable pixels to fit and to score on, or whose flow there is one constant.
         """
-        _check_inputs(flow, weight, embedding)
-        if fit is not None:
-            _check_inputs(fit[1], fit[2], fit[0])
-            if fit[0].shape[:2] != embedding.shape[:2] or fit[0].device != embedding.device:
-                raise ValueError(
-                    f"fit's embedding and embedding must agree in B, D and device, found "
-                    f"{tuple(fit[0].shape)} on {fit[0].device} and {tuple(embedding.shape)} on "
-                    f"{embedding.device}"
-                )
         with torch.autocast(embedding.device.type, enabled=False):
-            dtype = _compute_dtype(embedding)
-            here, poison = self._pixels(embedding, flow, weight, dtype)
-            if fit is None:
-                coin = torch.rand(here[2][:, ::2].shape, device=embedding.device) < 0.5
-                return self._cross_fit(here, coin) * poison
-            there, poison_there = self._pixels(*fit, dtype)
-            return _ratio(*self._errors(there, here)) * poison * poison_there
-
-    @torch.no_grad()
-    def constant_loss(self, flow: Tensor, weight: Tensor | None = None) -> Tensor:
-        """The loss of an embedding that is the same at each pixel, (B,): 1, or 0 without motion.
-
-        Shapes, NaN and errors as for :meth:`per_image`. Draws nothing from the generator.
-        """
-        _check_inputs(flow, weight)
-        with torch.autocast(flow.device.type, enabled=False):
-            same = torch.ones_like(flow[:, :1])
-            here, poison = self._pixels(same, flow, weight, _compute_dtype(flow))
-            return self._cross_fit(here, torch.ones_like(here[2][:, ::2]) > 0) * poison
-
-    def extra_repr(self) -> str:
-        """The options, for ``print``."""
-        return f"ridge={self.ridge:g}, norm={self.norm!r}, normalize={self.normalize}"
-
-    def _pixels(
-        self, embedding: Tensor, flow: Tensor, weight: Tensor | None, dtype: torch.dtype
-    ) -> tuple[Pixels, Tensor]:
-        """The pixels as rows, 0 where they are ignored, and 1 or NaN per image (B,)."""
-        w, flow_rows, poison = _prepare(flow, weight, dtype)
-        e = torch.where(w[..., None] != 0, _rows(embedding).to(dtype), 0)
-        poison = poison * _nan_unless(e.detach().square().sum(-1).isfinite().all(-1), dtype)
-        if self.normalize:
-            e = F.normalize(e, dim=-1, eps=1e-6)
-        return (e, flow_rows, w), poison
-
-    def _cross_fit(self, pixels: Pixels, coin: Tensor) -> Tensor:
-        """Both halves in turn; of pixels 2k and 2k + 1 ``coin`` (B, ceil(N / 2)) says whose."""
-        e, flow, w = pixels
-        half = torch.stack([coin, ~coin], -1).flatten(1)[:, : w.shape[1]]
-        one, other = (e, flow, w * half), (e, flow, w * ~half)
-        forth, back = self._errors(one, other), self._errors(other, one)
-        return _ratio(*(a + b for a, b in zip(forth, back, strict=True)))
+            here = pixels(embedding, flow, weight)
+            if fit is not None:
+                there = pixels(*fit)
+                if fit[0].shape[:2] != embedding.shape[:2] or fit[0].device != embedding.device:
+                    raise ValueError(
+                        f"fit's embedding and embedding must agree in B, D and device, found "
+                        f"{tuple(fit[0].shape)} on {fit[0].device} and {tuple(embedding.shape)} on "
+                        f"{embedding.device}"
+                    )
+                return _ratio(*self._errors(there, here)) * here.poison * there.poison
+            w = here.weight
+            coin = torch.rand(w[:, ::2].shape, device=w.device) < 0.5  # whose are 2k and 2k + 1?
+            half = torch.stack([coin, ~coin], -1).flatten(1)[:, : w.shape[1]]
+            one, other = here._replace(weight=w * half), here._replace(weight=w * ~half)
+            forth, back = self._errors(one, other), self._errors(other, one)
+            return _ratio(*(a + b for a, b in zip(forth, back, strict=True))) * here.poison
 
     def _errors(self, fit: Pixels, score: Pixels) -> tuple[Tensor, Tensor, Tensor]:
         """Summed errors of the linear and of the constant prediction, and their weight, (B,)."""
-        slope, intercept, mean_flow = _ridge(*fit, self.ridge)
-        e, flow, w = score
-        w = w * (fit[2].sum(1, keepdim=True) > 0)  # fitted on nothing: nothing to score
+        slope, intercept, mean_flow = fit_ridge(*fit[:3], self.ridge)
+        e, flow, w, _ = score
+        w = w * (fit.weight.sum(1, keepdim=True) > 0)  # fitted on nothing: nothing to score
         residuals = flow - torch.baddbmm(intercept, e, slope), flow - mean_flow
-        size = torch.abs if self.norm == "l1" else torch.square
-        error, baseline = ((w[:, None] @ size(r)).sum((1, 2)) for r in residuals)
+        error, baseline = ((w[:, None] @ r.abs()).sum((1, 2)) for r in residuals)
         return error, baseline, w.sum(1)
 
 
-def _ridge(e: Tensor, flow: Tensor, w: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+def fit_ridge(e: Tensor, flow: Tensor, w: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
     """Slopes (B, D, 2), intercept (B, 1, 2) and the flow's weighted mean (B, 1, 2)."""
     d = e.shape[-1]
     total = w.sum(1).clamp(min=torch.finfo(e.dtype).tiny)

@@ -79,12 +79,9 @@ def _exponents(hi_u, lo_u, x_u, y_u, hi_v, lo_v, x_v, y_v, rate, amplitude):
 
 
 @triton.jit
-def _row_sums(e, f, w_v, ENTROPY: tl.constexpr):
+def _row_sums(e, f, w_v):
     """The part of ``z, y`` and of the cross term that these columns give, each (rows,)."""
     p = tl.exp2(f) * w_v[None, :]
-    if ENTROPY:
-        y = tl.sum(p, 1)
-        return y, y, tl.sum(p * f, 1)
     # Joined, they are summed in the layout of e; apart, the compiler takes two and works out each
     # exponential of f twice.
     y, cross = tl.split(tl.sum(tl.join(p, p * e), 1))
@@ -106,7 +103,6 @@ def sums_kernel(
     SIDE: tl.constexpr,
     WIDTH: tl.constexpr,
     STAGES: tl.constexpr,
-    ENTROPY: tl.constexpr,  # of the flow's softmax: the cross-entropy with itself
 ):
     """``z``, ``y`` and the cross term ``sum_v m w_v F_uv log2(E_uv)`` of each row."""
     own, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -119,7 +115,7 @@ def sums_kernel(
     e, f = _exponents(hi_u, lo_u, x_u, y_u, hi_u, lo_u, x_u, y_u, rate, amplitude)
     self_pair = u[:, None] == u[None, :]
     e, f = tl.where(self_pair, e - drop_e, e), tl.where(self_pair, f - drop_f, f)
-    z, y, cross = _row_sums(e, f, w_u, ENTROPY)
+    z, y, cross = _row_sums(e, f, w_u)
     tiles = tl.cdiv(n, SIDE)
     for i in tl.range(1, tiles, num_stages=STAGES):
         v = _other_tile(own, i, tiles) * SIDE + tl.arange(0, SIDE)
@@ -127,7 +123,7 @@ def sums_kernel(
         x_v, y_v = _load_flow(points, v, n)
         w_v = tl.load(weight + v, v < n, 0.0)
         e, f = _exponents(hi_u, lo_u, x_u, y_u, hi_v, lo_v, x_v, y_v, rate, amplitude)
-        more_z, more_y, more_cross = _row_sums(e, f, w_v, ENTROPY)
+        more_z, more_y, more_cross = _row_sums(e, f, w_v)
         z, y, cross = z + more_z, y + more_y, cross + more_cross
     tl.store(sums + u, z, u < n)
     tl.store(sums + n + u, y, u < n)

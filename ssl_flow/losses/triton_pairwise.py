@@ -10,7 +10,8 @@ backward pass needs rows only again, since both kernel matrices are symmetric:
     E = exp(K'_e/tau_e)   F = exp((K'_f - 1/2)/tau_f)   a = w / z   b = w / y
 
 The other objectives need one product with the flow kernel, ``K_f (w ê)``, and ``|K_f|^2``, both
-free of gradients; the algebra around them is :mod:`ssl_flow.losses.chunked`'s.
+free of gradients; the algebra around them is :mod:`ssl_flow.losses.chunked`'s, and so is the
+target's entropy, which is asked for now and then, to watch.
 
 Each is a ``torch.library`` operator, so ``torch.compile``, DDP and activation checkpointing work.
 They run on CUDA devices; on a CPU under Triton's interpreter (``TRITON_INTERPRET=1``), for tests.
@@ -27,7 +28,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from ssl_flow.losses import chunked
-from ssl_flow.losses.chunked import row_coefficients
+from ssl_flow.losses.reference import Options, row_coefficients
 from ssl_flow.losses.triton_kernels import gradient_kernel, products_kernel, sums_kernel
 
 _Context = Any  # autograd's contexts have no type that knows what was saved in them
@@ -40,57 +41,33 @@ _LIFT = 2.0**13  # brings weights of 1/N into the middle of float16's range, and
 _TILES = {16: (64, 2), 32: (64, 2), 64: (64, 2), 128: (32, 2), 256: (16, 1)}
 _HOPPER_TILES = _TILES | {128: (64, 2)}  # its tensor cores read operands from shared memory
 WIDTHS = tuple(_TILES)
-MAX_CHANNELS = max(WIDTHS)
 # Without fused multiply-adds the loops have a fifth more instructions.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
+def obstacle(x: Tensor) -> str:
+    """Why the kernels can't take x, (B, N, D); empty where they can."""
+    if x.dtype != torch.float32:
+        return f"computes in float32 and takes float32 or half precision, found {x.dtype}"
+    if x.shape[-1] > max(WIDTHS):
+        return f"takes embeddings of at most {max(WIDTHS)} channels, found {x.shape[-1]}"
+    if isinstance(sums_kernel, InterpretedFunction):
+        return ""
+    if not x.is_cuda:
+        return f"runs on CUDA devices (on a CPU, slowly, if TRITON_INTERPRET=1), found {x.device}"
+    if torch.version.cuda is None or torch.cuda.get_device_capability(x.device) < (8, 0):
+        name = torch.cuda.get_device_name(x.device)
+        return f"needs an NVIDIA GPU of compute capability 8.0 or above, found {name}"
+    return ""
+
+
 def cross_entropy(
-    embedding: Tensor,
-    scale: float | Tensor,
-    flow: Tensor,
-    weight: Tensor,
-    *,
-    embedding_temperature: float,
-    flow_sigma: float,
-    flow_temperature: float,
-    self_pairs: str,
+    embedding: Tensor, scale: float | Tensor, flow: Tensor, weight: Tensor, options: Options
 ) -> Tensor:
     """Cross-entropy of the embedding's row softmax against the flow's, (B,)."""
-    _check(embedding)
     s = scale if isinstance(scale, Tensor) else embedding.new_full((), scale)
-    options = (embedding_temperature, flow_sigma, flow_temperature, self_pairs == "exclude")
     loss: Tensor = _cross_entropy(embedding.contiguous(), s, flow, weight, *options)[0]
     return loss
-
-
-def target_entropy(
-    flow: Tensor,
-    weight: Tensor,
-    *,
-    flow_sigma: float,
-    flow_temperature: float,
-    self_pairs: str,
-) -> Tensor:
-    """Entropy H of the flow's row softmax, (B,): what the cross-entropy can't go below."""
-    _check(flow)
-    entropy: Tensor = _target_entropy(
-        flow, weight, flow_sigma, flow_temperature, self_pairs == "exclude"
-    )
-    return entropy
-
-
-def gaussian_products(
-    e: Tensor, flow: Tensor, weight: Tensor, sigma: float
-) -> tuple[Tensor, Tensor]:
-    """``K_f (w ê)`` (B, N, D) and ``|K_f|^2`` (B,) without the self pairs. No gradient."""
-    _check(e)
-    product, f_f = _gaussian_products(e.detach().contiguous(), flow, weight, sigma)
-    return product, f_f
-
-
-kernel_alignment = functools.partial(chunked.kernel_alignment, gaussian_products=gaussian_products)
-regression = functools.partial(chunked.regression, gaussian_products=gaussian_products)
 
 
 @torch.library.custom_op("ssl_flow::cross_entropy", mutates_args=())
@@ -105,9 +82,12 @@ def _cross_entropy(
     exclude: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss (B,) and, for the backward pass, z and y (B, N)."""
+    options = Options(embedding_temperature, flow_sigma, flow_temperature, exclude)
     hi, lo = _halves(e * (scale * (_LOG2E / embedding_temperature)).sqrt())
-    drops = _drops(embedding_temperature, flow_temperature, exclude)
-    z, y, cross = _launch_sums(hi, lo, flow, weight, flow_sigma, flow_temperature, drops)
+    sums = weight.new_empty(len(weight), 3, weight.shape[1])
+    tensors = (flow.mT.contiguous(), weight.contiguous(), sums)
+    _launch(sums_kernel, hi, lo, *tensors, *_numbers(e, options))
+    z, y, cross = sums.unbind(1)
     valid, coefficient = row_coefficients(weight)
     z, y = torch.where(valid, z, 1), torch.where(valid, y, 1)
     return (coefficient * (z.log() - cross / y / _LOG2E)).sum(-1), z, y
@@ -133,9 +113,9 @@ def _cross_entropy_gradient(
     exclude: bool,
 ) -> Tensor:
     """The gradient in e, (B, N, D)."""
+    options = Options(embedding_temperature, flow_sigma, flow_temperature, exclude)
     root = (scale * (_LOG2E / embedding_temperature)).sqrt()
     hi, lo = _halves(e * root)
-    drops = _drops(embedding_temperature, flow_temperature, exclude)
     valid, _ = row_coefficients(weight)
     # Weights between 0 and _LIFT whatever their unit is, as float16 products need them.
     largest = torch.where(valid, weight.amax(-1, keepdim=True), 1)
@@ -144,9 +124,8 @@ def _cross_entropy_gradient(
     mean = torch.where(valid, largest / _LIFT / weight.sum(-1, keepdim=True), 0)[:, 0]
     finish = grad * mean * (scale / embedding_temperature / root)
     gradient = e.new_empty(hi.shape)
-    tensors = (_columns(flow), factors, finish, gradient)
-    numbers = (e.shape[1], _rate(flow_sigma), _LOG2E / flow_temperature, *drops)
-    _launch(gradient_kernel, hi, lo, *tensors, *numbers)
+    tensors = (flow.mT.contiguous(), factors, finish, gradient)
+    _launch(gradient_kernel, hi, lo, *tensors, *_numbers(e, options))
     return gradient[..., : e.shape[2]].contiguous()
 
 
@@ -176,39 +155,21 @@ def _gradients(ctx: _Context, grad: Tensor, *_: Tensor | None) -> tuple[Tensor |
 _cross_entropy.register_autograd(_gradients, setup_context=_save_for_gradient)
 
 
-@torch.library.custom_op("ssl_flow::target_entropy", mutates_args=())
-def _target_entropy(
-    flow: Tensor, weight: Tensor, flow_sigma: float, flow_temperature: float, exclude: bool
-) -> Tensor:
-    unused = flow.new_zeros(*weight.shape, min(WIDTHS), dtype=torch.float16)
-    drops = _drops(1.0, flow_temperature, exclude)
-    _, y, cross = _launch_sums(
-        unused, unused, flow, weight, flow_sigma, flow_temperature, drops, entropy=True
-    )
-    valid, coefficient = row_coefficients(weight)
-    y = torch.where(valid, y, 1)
-    return (coefficient * (y.log() - cross / y / _LOG2E)).sum(-1)
-
-
-@_target_entropy.register_fake
-def _(flow: Tensor, *_: object) -> Tensor:
-    return flow.new_empty(flow.shape[0])
-
-
 @torch.library.custom_op("ssl_flow::gaussian_products", mutates_args=())
 def _gaussian_products(
     e: Tensor, flow: Tensor, weight: Tensor, flow_sigma: float
 ) -> tuple[Tensor, Tensor]:
+    """``K_f (w ê)`` (B, N, D) and ``|K_f|^2`` (B,) without the self pairs. No gradient."""
     largest = weight.amax(-1, keepdim=True)
     largest = torch.where(largest == 0, 1, largest) / _LIFT
-    points, lifted = _columns(flow), (weight / largest).contiguous()
-    # A Gaussian's square is a Gaussian of twice the rate.
-    ones = e.new_ones(*weight.shape, 1)
+    points, lifted = flow.mT.contiguous(), (weight / largest).contiguous()
+    rate = _LOG2E / (2 * flow_sigma**2)
     results = []
-    for x, rate in ((e, _rate(flow_sigma)), (ones, 2 * _rate(flow_sigma))):
+    # A Gaussian's square is a Gaussian of twice the rate.
+    for x, factor in ((e, 1), (e.new_ones(*weight.shape, 1), 2)):
         hi, lo = _halves(x)
         product = x.new_empty(hi.shape)
-        _launch(products_kernel, hi, lo, points, lifted, product, x.shape[1], rate)
+        _launch(products_kernel, hi, lo, points, lifted, product, x.shape[1], factor * rate)
         results.append(product[..., : x.shape[2]] * largest[..., None])
     return results[0].contiguous(), (results[1][..., 0] * weight).sum(-1)
 
@@ -216,6 +177,10 @@ def _gaussian_products(
 @_gaussian_products.register_fake
 def _(e: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return e.new_empty(e.shape), e.new_empty(e.shape[0])
+
+
+inner_products = functools.partial(chunked.inner_products, products=_gaussian_products)
+target_entropy = chunked.target_entropy
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,50 +191,17 @@ def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
     return F.pad(hi, (0, missing)).contiguous(), F.pad(lo, (0, missing)).contiguous()
 
 
-def _columns(flow: Tensor) -> Tensor:
-    """(B, N, 2) -> (B, 2, N)."""
-    return flow.transpose(1, 2).contiguous()
-
-
-def _rate(sigma: float) -> float:
-    """Of the Gaussian as a power of two: ``2^(-rate |difference|^2)``."""
-    return _LOG2E / (2 * sigma**2)
-
-
-def _drops(
-    embedding_temperature: float, flow_temperature: float, exclude: bool
-) -> tuple[float, float]:
-    """What self pairs lose in each exponent: all, or the identity's 1."""
-    if exclude:
-        return _DROP, _DROP
-    return _LOG2E / embedding_temperature, _LOG2E / flow_temperature
-
-
-def _launch_sums(
-    hi: Tensor,
-    lo: Tensor,
-    flow: Tensor,
-    weight: Tensor,
-    flow_sigma: float,
-    flow_temperature: float,
-    drops: tuple[float, float],
-    *,
-    entropy: bool = False,
-) -> tuple[Tensor, ...]:
-    b, n = weight.shape
-    sums = weight.new_empty(b, 3, n)
-    tensors = (_columns(flow), weight.contiguous(), sums)
-    numbers = (n, _rate(flow_sigma), _LOG2E / flow_temperature, *drops)
-    _launch(sums_kernel, hi, lo, *tensors, *numbers, ENTROPY=entropy)
-    return sums.unbind(1)
+def _numbers(e: Tensor, options: Options) -> tuple[float, ...]:
+    """N, the Gaussian's rate, the target's amplitude, what self pairs lose in each exponent."""
+    amplitude = _LOG2E / options.flow_temperature
+    drops = (_LOG2E / options.embedding_temperature, amplitude)  # the identity's 1
+    if options.exclude:
+        drops = (_DROP, _DROP)
+    return e.shape[1], _LOG2E / (2 * options.flow_sigma**2), amplitude, *drops
 
 
 def _launch(
-    kernel: triton.JITFunction,
-    hi: Tensor,
-    lo: Tensor,
-    *arguments: Tensor | int | float,
-    **constants: bool,
+    kernel: triton.JITFunction, hi: Tensor, lo: Tensor, *arguments: Tensor | int | float
 ) -> None:
     """Run a kernel over the tiles of each image; ``hi``, ``lo`` (B, N, width)."""
     b, n, width = hi.shape
@@ -277,38 +209,10 @@ def _launch(
     side, stages = tile(width, capability)
     with torch.cuda.device_of(hi):
         kernel[(triton.cdiv(n, side), b)](
-            hi, lo, *arguments, SIDE=side, WIDTH=width, STAGES=stages, **constants, **OPTIONS
+            hi, lo, *arguments, SIDE=side, WIDTH=width, STAGES=stages, **OPTIONS
         )
 
 
 def tile(width: int, capability: tuple[int, int]) -> tuple[int, int]:
     """Pixels on a side, and stages, for operands of this width on a GPU of this capability."""
     return (_HOPPER_TILES if capability[0] == 9 else _TILES)[width]
-
-
-def _check(x: Tensor) -> None:
-    """Raise unless the kernels take x, (B, N, D)."""
-    if x.dtype != torch.float32:
-        raise TypeError(
-            f"backend='triton' computes in float32 and takes float32 or half precision, found "
-            f"{x.dtype}: use backend='chunked'"
-        )
-    if x.shape[-1] > MAX_CHANNELS:
-        raise ValueError(
-            f"backend='triton' takes embeddings of at most {MAX_CHANNELS} channels, found "
-            f"{x.shape[-1]}: use backend='chunked'"
-        )
-    if isinstance(sums_kernel, InterpretedFunction):
-        return
-    if x.is_cuda and (
-        torch.version.cuda is None or torch.cuda.get_device_capability(x.device) < (8, 0)
-    ):
-        raise ValueError(
-            "backend='triton' needs an NVIDIA GPU of compute capability 8.0 or above, found "
-            f"{torch.cuda.get_device_name(x.device)}: use backend='chunked'"
-        )
-    if not x.is_cuda:
-        raise ValueError(
-            f"backend='triton' runs on CUDA devices, found {x.device}: use backend='chunked', or "
-            "set TRITON_INTERPRET=1 before the start to run it slowly on a CPU"
-        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +45,12 @@ class Encoder(nn.Module):
     all their levels, isotropic ones (ViT: one stride throughout) four evenly spaced blocks, each
     after the final norm, as DINO, DINOv2 and DINOv3 are evaluated (`get_intermediate_layers`).
     Images of any size are accepted: they are padded at the right and bottom to a multiple of the
-    coarsest stride, and every map is cropped back to ceil(size / stride).
+    coarsest stride, and every map is cropped back to ceil(size / stride). `normalization` and
+    `input_size` (height and width of the images it was trained on) are saved with the weights;
+    `report` says how weights from elsewhere were matched.
     """
+
+    report = ""
 
     def __init__(
         self,
@@ -69,6 +72,7 @@ class Encoder(nn.Module):
         self._norm = len(self.strides) > 1 == len(set(self.strides))
         config: Any = backbone.pretrained_cfg
         self.normalization = Normalization(tuple(config["mean"]), tuple(config["std"]))
+        self.input_size: tuple[int, ...] = tuple(config["input_size"][1:])
 
     def _padded_features(self, images: Tensor) -> list[Tensor]:
         multiple = math.lcm(*self.strides)
@@ -164,7 +168,7 @@ def create_encoder(
         embedding_dim: D of the per-pixel embedding; None for a bare backbone.
         hidden_dim: channels to which the head projects every level.
         pretrained: start from timm's weights.
-        model_args: for `timm.create_model`; None = what lets it take images of any size.
+        model_args: for `timm.create_model`, beside what lets it take images of any size.
 
     Raises:
         ValueError: unknown architecture, or one without a feature pyramid.
@@ -196,38 +200,25 @@ def create_backbone(
         raise ValueError(
             f"timm has no model {architecture!r}; near it: {', '.join(close) or 'none'}"
         )
-    try:
-        channels = {} if in_chans == 3 else {"in_chans": in_chans}
-        anything = [size | channels for size in _ANY_SIZE]
-        candidates = anything if model_args is None else [model_args]
-        return _create_backbone(architecture, pretrained, candidates)
-    except Exception as error:
-        if not pretrained:
-            raise ValueError(f"timm cannot build {architecture!r}: {error}") from error
-        raise WeightsError(
-            f"could not get timm's weights for {architecture!r} ({error}). Use a network "
-            f"connection, or random:{architecture} if random weights are meant."
-        ) from error
-
-
-# Transformers take one image size only unless told otherwise, in timm's two ways.
-_ANY_SIZE: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
-
-
-def _create_backbone(
-    architecture: str, pretrained: bool, candidates: Sequence[dict[str, Any]]
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The model built with the first arguments that it knows, and these."""
-    for model_args in candidates[:-1]:
+    if model_args is None:
+        model_args = {} if in_chans == 3 else {"in_chans": in_chans}
+    # Transformers take one image size only unless told otherwise, in timm's two ways.
+    for any_size in ({"dynamic_img_size": True}, {"strict_img_size": False}, {}):
+        arguments = any_size | model_args
         try:
             return timm.create_model(
-                architecture, pretrained=pretrained, num_classes=0, **model_args
-            ), model_args
-        except TypeError:  # an argument that this architecture does not have
-            continue
-    model_args = candidates[-1]
-    model = timm.create_model(architecture, pretrained=pretrained, num_classes=0, **model_args)
-    return model, model_args
+                architecture, pretrained=pretrained, num_classes=0, **arguments
+            ), arguments
+        except Exception as error:
+            if any_size and isinstance(error, TypeError):
+                continue  # an argument that this architecture does not have
+            if not pretrained:
+                raise ValueError(f"timm cannot build {architecture!r}: {error}") from error
+            raise WeightsError(
+                f"could not get timm's weights for {architecture!r} ({error}). Use a network "
+                f"connection, or random:{architecture} if random weights are meant."
+            ) from error
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _levels(feature_info: Any) -> list[tuple[int, int, int]]:  # noqa: ANN401 (list or FeatureInfo)

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
-from ssl_flow.models.encoder import Encoder, Normalization, create_encoder
+from ssl_flow.models.encoder import Encoder, Normalization, WeightsError, create_encoder
 from ssl_flow.models.handmade import HandmadeEncoder
 from ssl_flow.models.head import PixelEmbeddingHead
-from ssl_flow.models.wrapped import load_python, load_torchvision
+from ssl_flow.models.weights import load_weights, read_tensors
+from ssl_flow.models.wrapped import load_onnx, load_python, load_torchvision
 
 
 def save_encoder(encoder: Encoder, folder: str | Path) -> Path:
@@ -34,7 +35,7 @@ def save_encoder(encoder: Encoder, folder: str | Path) -> Path:
 class Saved(Protocol):
     """What is said of a backbone in `config.json`."""
 
-    backbone: nn.Module
+    backbone: Any
     architecture: str
     model_args: dict[str, Any]
     normalization: Normalization
@@ -49,8 +50,11 @@ def write_folder(
     """Write a backbone and its head as `save_encoder` says; `own` is added to `config.json`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    normalization = encoder.normalization
+    normalization, known = encoder.normalization, encoder.backbone.pretrained_cfg
     model_args = {"in_chans": 3, **encoder.model_args}
+    if known.get("fixed_input_size"):  # position embeddings are those of this size
+        model_args.setdefault("img_size", list(known["input_size"][1:]))
+    input_size = getattr(encoder, "input_size", (224, 224))
     config = {
         "architecture": encoder.architecture,
         "num_classes": 0,
@@ -58,7 +62,7 @@ def write_folder(
         "model_args": model_args,
         "pretrained_cfg": {
             "num_classes": 0,
-            "input_size": [model_args["in_chans"], 224, 224],
+            "input_size": [model_args["in_chans"], *input_size],
             "mean": list(normalization.mean),
             "std": list(normalization.std),
             "interpolation": "bilinear",
@@ -74,18 +78,24 @@ def write_folder(
     return folder
 
 
-def load_encoder(spec: str | Path, seed: int = 0) -> Encoder:
+def load_encoder(spec: str | Path, seed: int = 0, strict: bool = True) -> Encoder:
     """Load an encoder from any spec, in evaluation mode.
 
     Args:
-        spec: a folder written by `save_encoder` or by a training run (the run folder itself will
-            do); a `.safetensors` file with a `config.json` beside it; or one of
+        spec: a folder as `save_encoder`, a training run, `ssl-flow export` and timm write it (the
+            run folder itself will do); a `.safetensors` file with a `config.json` beside it; a
+            `.onnx` of `ssl-flow export` (features only, by onnxruntime); or one of
             `timm:NAME` (timm's pretrained weights; a ViT's patch tokens become maps),
+            `timm:NAME@FILE` (timm's architecture, the weights of a checkpoint of anyone's: see
+            `weights.load_weights`),
+            `torchvision:NAME`, `torchvision:NAME@FILE` (torchvision's likewise),
+            `hf-hub:USER/NAME` (a folder on the Hugging Face Hub),
             `random:NAME` (timm's architecture, random weights),
-            `torchvision:NAME` (torchvision's default pretrained weights),
             `python:MODULE:FUNCTION` (what your function returns: see `wrapped.WrappedEncoder`),
             `handmade` (colour, position, oriented gradients: no weights at all).
         seed: which random weights, for `random:` and `python:`.
+        strict: refuse weights whose names are not exactly the network's (a classifier's apart);
+            otherwise warn. `encoder.report` says what was matched.
 
     Returns:
         An `Encoder`. Freshly random ones have untrained BatchNorm statistics: the suite and a run's
@@ -93,24 +103,50 @@ def load_encoder(spec: str | Path, seed: int = 0) -> Encoder:
 
     Raises:
         FileNotFoundError: nothing usable at the path (says what was expected).
-        ValueError: unknown architecture, weights that do not fit it, or a network without maps of
-            whole strides.
-        WeightsError: timm's or torchvision's weights cannot be had.
+        ValueError: unknown architecture, weights that do not fit it, a file that could run code, or
+            a network without maps of whole strides.
+        WeightsError: weights cannot be had from the network.
     """
     kind, _, name = str(spec).partition(":")
+    name, _, file = name.partition("@") if kind in ("timm", "torchvision") else (name, "", "")
     if str(spec) == "handmade":
         return HandmadeEncoder().eval()
     if kind == "timm":
-        return create_encoder(name, pretrained=True).eval()
+        encoder = create_encoder(name, pretrained=not file)
+        return _filled(encoder, Path(file), strict).eval() if file else encoder.eval()
     if kind == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return create_encoder(name).eval()
     if kind == "torchvision":
-        return load_torchvision(name)
+        return load_torchvision(name, Path(file) if file else None, strict)
     if kind == "python":
         return load_python(name, seed)
-    return _load_folder(Path(spec))
+    if kind == "hf-hub":
+        return _load_folder(_download(name), strict)
+    if Path(spec).suffix == ".onnx":
+        return load_onnx(Path(spec))
+    return _load_folder(Path(spec), strict)
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        wanted = ["config.json", "*.safetensors"]
+        return Path(snapshot_download(repository, allow_patterns=wanted))
+    except Exception as error:
+        raise WeightsError(f"could not get {repository!r} from the Hub: {error}") from error
+
+
+def _filled(encoder: Encoder, weights: Path, strict: bool) -> Encoder:
+    """The encoder with the backbone's weights out of a file."""
+    backbone: Any = encoder.backbone
+    classifier = backbone.pretrained_cfg.get("classifier") or ()
+    classifier = [classifier] if isinstance(classifier, str) else classifier
+    match = load_weights(backbone, read_tensors(weights), str(weights), classifier, strict)
+    encoder.report = str(match)
+    return encoder
 
 
 def read_folder(path: Path) -> tuple[Path, Path, dict[str, Any]]:
@@ -118,6 +154,11 @@ def read_folder(path: Path) -> tuple[Path, Path, dict[str, Any]]:
 
     Raises: FileNotFoundError, ValueError: as `load_encoder`.
     """
+    if path.suffix == ".pt2":
+        raise ValueError(
+            f"{path}: loading a torch.export program can run code. Give the folder that holds its "
+            "config.json and model.safetensors, or call torch.export.load where you trust it"
+        )
     if path.suffix == ".safetensors":
         folder, weights = path.parent, path
     else:
@@ -128,7 +169,8 @@ def read_folder(path: Path) -> tuple[Path, Path, dict[str, Any]]:
             raise FileNotFoundError(
                 f"no encoder at {str(path)!r}: {needed} is missing. An encoder is a folder with "
                 "config.json and model.safetensors, a run folder that holds encoder/, timm:NAME, "
-                "random:NAME, torchvision:NAME, python:MODULE:FUNCTION or handmade."
+                "timm:NAME@FILE (anyone's checkpoint), torchvision:NAME, hf-hub:USER/NAME, "
+                "random:NAME, python:MODULE:FUNCTION or handmade."
             )
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if "architecture" not in config:
@@ -136,14 +178,16 @@ def read_folder(path: Path) -> tuple[Path, Path, dict[str, Any]]:
     return folder, weights, config
 
 
-def _load_folder(path: Path) -> Encoder:
+def _load_folder(path: Path, strict: bool) -> Encoder:
     folder, weights, config = read_folder(path)
     own = config.get("ssl_flow", {})
     encoder = create_encoder(config["architecture"], model_args=config.get("model_args"))
     pixels = config.get("pretrained_cfg", {})
     if "mean" in pixels and "std" in pixels:
         encoder.normalization = Normalization(tuple(pixels["mean"]), tuple(pixels["std"]))
-    load_tensors(encoder.backbone, weights)
+    if "input_size" in pixels:
+        encoder.input_size = tuple(pixels["input_size"][1:])
+    _filled(encoder, weights, strict)
     if own:
         encoder.head = PixelEmbeddingHead(
             encoder.channels, encoder.strides, own["embedding_dim"], own["hidden_dim"]
@@ -157,7 +201,8 @@ def _save_tensors(module: nn.Module, path: Path) -> None:
         name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, temporary, metadata={"format": "pt"})
+    # save_file makes files that only their owner can read.
+    temporary.write_bytes(save(tensors, metadata={"format": "pt"}))
     temporary.replace(path)
 
 

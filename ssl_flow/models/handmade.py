@@ -27,6 +27,7 @@ class HandmadeEncoder(Encoder):
         self.architecture, self.model_args, self.head = "handmade", {}, None
         self.strides, self.channels = [4, 8, 16], [8 + 4 * _BINS] * 3
         self.normalization = Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+        self.input_size = (224, 224)
         # Linear sRGB -> XYZ, divided by the white point D65 (IEC 61966-2-1).
         xyz = torch.tensor([[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169],
                             [0.019334, 0.119193, 0.950227]])  # fmt: skip

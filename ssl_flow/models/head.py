@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,7 +16,8 @@ class PixelEmbeddingHead(nn.Module):
     with a 1x1 convolution, then ReLU and a second 1x1 convolution. A 1x1 convolution commutes
     with bilinear upsampling (and average pooling), so the same function is had by projecting
     every level at its own resolution and summing the upsampled results, at a fraction of the
-    time and memory. Each level is batch-normalised first, so that none drowns the others.
+    time and memory. Levels of one stride are projected together. Each channel is batch-normalised
+    first, so that no level drowns the others.
     """
 
     def __init__(
@@ -33,24 +34,40 @@ class PixelEmbeddingHead(nn.Module):
         self.stride = stride
         self.embedding_dim = embedding_dim
         self.hidden_dim = hidden_dim
-        self.levels = nn.ModuleList(
-            nn.Sequential(nn.BatchNorm2d(c), nn.Conv2d(c, hidden_dim, 1, bias=False))
-            for c in channels
+        grouped: dict[int, int] = {}
+        for channel, own in zip(channels, strides, strict=True):
+            coarse = max(own, stride)
+            grouped[coarse] = grouped.get(coarse, 0) + channel
+        self.projections = nn.ModuleDict(
+            {
+                str(coarse): nn.Sequential(
+                    nn.BatchNorm2d(c), nn.Conv2d(c, hidden_dim, 1, bias=False)
+                )
+                for coarse, c in grouped.items()
+            }
         )
         self.output = nn.Sequential(
-            nn.BatchNorm2d(hidden_dim), nn.ReLU(), nn.Conv2d(hidden_dim, embedding_dim, 1)
+            nn.BatchNorm2d(hidden_dim),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(hidden_dim, embedding_dim, 1),
         )
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """List of (B, C_i, H/s_i, W/s_i) -> (B, D, H/4, W/4)."""
-        hidden = []
-        for level, layers, stride in zip(maps, self.levels, self.strides, strict=True):
-            # Down before normalisation and projection, up after: they meet as few pixels as can be.
-            coarse = max(stride, self.stride)
-            projected = layers(to_stride(level, stride, coarse))
-            hidden.append(to_stride(projected, coarse, self.stride))
-        total: Tensor = self.output(sum(hidden[1:], hidden[0]))
-        return total
+        # Down before normalisation and projection, up after: they meet as few pixels as can be.
+        grouped: dict[int, list[Tensor]] = {}
+        for level, own in zip(maps, self.strides, strict=True):
+            coarse = max(own, self.stride)
+            grouped.setdefault(coarse, []).append(to_stride(level, own, coarse))
+        projected = [
+            to_stride(self.projections[str(coarse)](torch.cat(levels, 1)), coarse, self.stride)
+            for coarse, levels in grouped.items()
+        ]
+        total = projected[0]
+        for other in projected[1:]:
+            total += other  # in place: nothing in front needs its own result for the gradient
+        embedding: Tensor = self.output(total)
+        return embedding
 
 
 def to_stride(level: Tensor, stride: int, target: int) -> Tensor:
@@ -59,5 +76,5 @@ def to_stride(level: Tensor, stride: int, target: int) -> Tensor:
         return level
     if stride < target:
         return F.avg_pool2d(level, target // stride)
-    size = [math.ceil(side * stride / target) for side in level.shape[-2:]]
+    size = [(side * stride + target - 1) // target for side in level.shape[-2:]]
     return F.interpolate(level, size, mode="bilinear", align_corners=False)

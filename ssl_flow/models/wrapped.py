@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
+import json
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_flow.models.encoder import Encoder, Normalization, WeightsError, device_of
+from ssl_flow.models.weights import load_weights, read_tensors
 
 _IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _PROBE = (224, 448)  # multiples of the usual strides and of patches of 14; one map is not square
@@ -43,7 +46,7 @@ class WrappedEncoder(Encoder):
         self.backbone = network if isinstance(network, nn.Module) else _Function(network)
         self.architecture, self.model_args, self.head = name, {}, None
         self.normalization = normalization
-        self.strides, self.channels = [], []
+        self.strides, self.channels, self.input_size = [], [], (224, 224)
         self.eval()
         try:
             self._measure(network)
@@ -134,13 +137,14 @@ class _Pyramid(nn.Sequential):
         return list(maps.values())
 
 
-def load_torchvision(name: str) -> WrappedEncoder:
-    """A classification network of torchvision with its default pretrained weights.
+def load_torchvision(name: str, file: Path | None = None, strict: bool = True) -> WrappedEncoder:
+    """A classification network of torchvision with its default pretrained weights, or a file's.
 
-    Its levels are the last maps of every resolution, as timm's.
+    Its levels are the last maps of every resolution, as timm's. For `file` see `load_weights`.
 
     Raises:
-        ValueError: no such network, or not a sequence of layers that give maps (use timm's then).
+        ValueError: no such network, not a sequence of layers that give maps (use timm's then), or
+            weights that do not fit.
         WeightsError: the weights cannot be had.
     """
     from torchvision import models
@@ -151,13 +155,18 @@ def load_torchvision(name: str) -> WrappedEncoder:
         raise ValueError(
             f"torchvision has no model {name!r}; near it: {', '.join(close) or 'none'}"
         )
-    weights = models.get_model_weights(name).DEFAULT
+    weights, report = models.get_model_weights(name).DEFAULT, ""
     try:
-        model = models.get_model(name, weights=weights).eval()
+        model = models.get_model(name, weights=None if file else weights).eval()
     except Exception as error:
         raise WeightsError(
             f"could not get torchvision's weights for {name!r} ({error}). Use a network connection"
         ) from error
+    if file:
+        classifier = [n for n in ("fc", "classifier", "heads", "head") if hasattr(model, n)]
+        for part in classifier:
+            setattr(model, part, nn.Identity())
+        report = str(load_weights(model, read_tensors(file), str(file), classifier, strict))
     preset = weights.transforms()
     normalization = Normalization(tuple(preset.mean), tuple(preset.std))
     layers = []
@@ -168,9 +177,11 @@ def load_torchvision(name: str) -> WrappedEncoder:
     refusal = f"torchvision's {name} is no sequence of layers with maps of any size; try timm:"
     try:
         _check_sequence(model, layers)
-        return WrappedEncoder(_Pyramid(*layers), f"torchvision:{name}", normalization)
+        encoder = WrappedEncoder(_Pyramid(*layers), f"torchvision:{name}", normalization)
     except Exception as error:
         raise ValueError(f"{refusal} ({error})") from error
+    encoder.input_size, encoder.report = tuple(preset.crop_size * 2), report
+    return encoder
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:
@@ -226,3 +237,50 @@ def load_python(spec: str, seed: int = 0) -> Encoder:
             "that takes images (B, 3, H, W) and gives maps, or one with features(images)"
         )
     return WrappedEncoder(network, f"python:{spec}")
+
+
+class _OnnxNetwork(nn.Module):
+    """The maps of an ONNX graph, computed by onnxruntime on the CPU."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ImportError(f"{path}: pip install 'ssl-flow[onnx]' to run it") from error
+        content = path.read_bytes()
+        # Two graphs differ in nothing else that a cache of features could tell them by.
+        digest = torch.frombuffer(bytearray(hashlib.sha256(content).digest()), dtype=torch.uint8)
+        self.register_buffer("digest", digest)
+        self.session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        self.about = json.loads(self.session.get_modelmeta().custom_metadata_map["ssl_flow"])
+        self.maps = [o.name for o in self.session.get_outputs() if o.name != "embedding"]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> list of (B, C_i, H/s_i, W/s_i)."""
+        maps = self.session.run(self.maps, {"images": images.cpu().numpy()})
+        return [torch.from_numpy(level).to(images.device) for level in maps]
+
+
+def load_onnx(path: Path) -> WrappedEncoder:
+    """The features of a graph that `ssl-flow export --to onnx` wrote.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another graph, which says neither its normalization nor its strides.
+        ImportError: no onnxruntime here.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no encoder at {str(path)!r}: no such file")
+    try:
+        network = _OnnxNetwork(path)
+    except KeyError as error:
+        raise ValueError(
+            f"{path} was not written by `ssl-flow export`; for another graph write a function: "
+            "python:MODULE:FUNCTION"
+        ) from error
+    about = network.about
+    normalization = Normalization(tuple(about["mean"]), tuple(about["std"]))
+    encoder = WrappedEncoder(network, str(path), normalization)
+    encoder.input_size = tuple(about["input_size"])
+    return encoder

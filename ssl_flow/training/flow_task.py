@@ -105,6 +105,7 @@ class FlowTask:
         """A new one, with weights from `start` if it is not empty."""
         model = self.config.model
         encoder = create_encoder(model.backbone, model.embedding_dim, model.hidden_dim)
+        encoder.input_size = (self.config.data.crop, self.config.data.crop)
         if start:
             print(initialize(encoder, start), flush=True)
         return encoder

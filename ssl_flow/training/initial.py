@@ -22,8 +22,9 @@ def initialize(encoder: Encoder, spec: str) -> str:
 
     Args:
         encoder: to be trained.
-        spec: a run or encoder folder, `timm:NAME`, a `.safetensors` file, or a checkpoint (`.pt`)
-            of a run. A lone file may hold a backbone alone (timm's names) or an encoder.
+        spec: any of `load_encoder`'s (a folder, `timm:NAME@FILE`, ...), a `.safetensors` file, or a
+            checkpoint (`.pt`) of a run. A lone file may hold a backbone alone (timm's names) or an
+            encoder.
 
     Returns:
         A report: how many keys were taken, which stay random, which have no place here; how images
@@ -65,7 +66,7 @@ def initialize(encoder: Encoder, spec: str) -> str:
 
 
 def _weights(spec: str) -> tuple[dict[str, Tensor], Normalization | None]:
-    path = Path(spec)
+    path = Path("" if spec.startswith("timm:") else spec)  # timm:NAME@FILE is load_encoder's
     if path.suffix in (".pt", ".safetensors") and not path.is_file():
         raise FileNotFoundError(f"--init-from: no file {spec}")
     if path.suffix == ".pt":

@@ -39,7 +39,7 @@ def online_probe(config: Config) -> Callable[[Encoder], dict[str, float]] | None
 
     def probe(encoder: Encoder) -> dict[str, float]:
         try:
-            result = run_linear_probe(encoder, train, test, _ONLINE, examples=0, progress=False)
+            result = run_linear_probe(encoder, train, test, _ONLINE)
         except ValueError as error:
             print(f"online probe left out: {error}", flush=True)
             return {}

@@ -4,12 +4,14 @@ import json
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "flow"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import flow
+import flow_accuracy
 from clips import moving, write_video
 
 
@@ -25,6 +27,17 @@ def data(tmp_path):
 @pytest.fixture
 def work(data, tmp_path):
     return flow.Work(sorted(data.glob("video/*")), 3, tmp_path)
+
+
+def test_a_reduced_pair_has_shorter_vectors_of_known_pixels(tmp_path):
+    code = np.full((20, 40, 3), (1, -8 * 64 + 32768, 4 * 64 + 32768), np.uint16)  # known, v, u
+    code[:, ::2, 0] = 0  # half of every cell: the mean of the others stays
+    for name in ("frame10", "frame11"):
+        cv2.imwrite(str(tmp_path / f"{name}.png"), np.zeros((20, 40, 3), np.uint8))
+    cv2.imwrite(str(tmp_path / "flow10.png"), code)
+    pair = flow_accuracy.read_reduced(tmp_path, 5)
+    assert pair.first.shape == (5, 10, 3)
+    np.testing.assert_allclose(pair.flow, np.broadcast_to([1, -2], (5, 10, 2)), atol=1e-6)
 
 
 def test_the_loop_does_the_pairs_that_extraction_does(work):

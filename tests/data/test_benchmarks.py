@@ -59,27 +59,25 @@ def test_voc_trains_on_the_augmented_masks_where_they_are_and_says_so(voc, line)
     assert "val.txt with the masks of SegmentationClass/" in test.protocol["rule"]
 
 
-@pytest.fixture(params=["labelIds", "labelTrainIds"])
-def cityscapes(tmp_path, request):
-    mask = [[7, 33, 5], [34, 11, 7]] if request.param == "labelIds" else [[0, 18, 255], [19, 2, 0]]
+@pytest.fixture
+def cityscapes(tmp_path):
     for split, city in (("train", "aachen"), ("train", "bochum"), ("val", "munster")):
         stem = f"{split}/{city}/{city}_000000_000019"
         _image(tmp_path / f"leftImg8bit/{stem}_leftImg8bit.png")
-        good = np.where(np.isin(mask, (34, 19)), mask[1][1], mask)
-        _write(tmp_path / f"gtFine/{stem}_gtFine_{request.param}.png", good)
+        unknown = 34 if split == "val" else 11
+        mask = [[7, 33, 5], [unknown, 11, 7]]
+        _write(tmp_path / f"gtFine/{stem}_gtFine_labelIds.png", mask)
         _write(tmp_path / f"gtFine/{stem}_gtFine_color.png", np.zeros((2, 3, 3)))
-    _write(tmp_path / f"gtFine/{stem}_gtFine_{request.param}.png", mask)  # the last, of val
-    return tmp_path, request.param
+    return tmp_path
 
 
-def test_cityscapes_with_either_kind_of_masks(cityscapes):
-    root, kind = cityscapes
-    train = open_segmentation(f"cityscapes:{root}", "train")
+def test_cityscapes(cityscapes):
+    train = open_segmentation(f"cityscapes:{cityscapes}", "train")
     assert train.names == ["aachen/aachen_000000_000019", "bochum/bochum_000000_000019"]
     assert train.classes == list(CITYSCAPES) and len(train.classes) == 19
-    assert train[1].mask.tolist() == [[0, 18, IGNORE], [2, 2, 0]] and kind in train.protocol["rule"]
-    test, unknown = open_segmentation(f"cityscapes:{root}", "test"), {"labelIds": 34}.get(kind, 19)
-    with pytest.raises(ValueError, match=rf"munster_000000_000019_gtFine_{kind}.*\[{unknown}\]"):
+    assert train[1].mask.tolist() == [[0, 18, IGNORE], [2, 2, 0]]
+    test = open_segmentation(f"cityscapes:{cityscapes}", "test")
+    with pytest.raises(ValueError, match=r"munster_000000_000019_gtFine_labelIds.*\[34\]"):
         test[0]
 
 
@@ -100,12 +98,11 @@ def test_ade20k_zero_is_ignored(ade20k):
         test[0]
 
 
-@pytest.fixture(params=["images/", ""])
-def cocostuff(tmp_path, request):
-    masks = "annotations" if request.param else "stuffthingmaps"
+@pytest.fixture
+def cocostuff(tmp_path):
     for split, name in (("train", "1"), ("val", "2"), ("val", "3")):
-        _image(tmp_path / f"{request.param}{split}2017/{name}.jpg")
-        _write(tmp_path / f"{masks}/{split}2017/{name}.png", [[0, 181, 255], [123, 156, 105]])
+        _image(tmp_path / f"images/{split}2017/{name}.jpg")
+        _write(tmp_path / f"annotations/{split}2017/{name}.png", [[0, 181, 255], [123, 156, 105]])
     return tmp_path
 
 
@@ -150,13 +147,12 @@ def test_what_is_missing_is_named(voc):
 
 
 def test_missing_parts_of_the_other_layouts(cityscapes, tmp_path):
-    root, kind = cityscapes
-    (root / f"gtFine/train/bochum/bochum_000000_000019_gtFine_{kind}.png").unlink()
-    with pytest.raises(FileNotFoundError, match=f"bochum.* has no mask .*_gtFine_{kind}"):
-        open_segmentation(f"cityscapes:{root}", "train")
-    (root / "val2017").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"annotations/val2017 is missing.*stuffthingmaps"):
-        open_segmentation(f"cocostuff:{root}", "test")
+    (tmp_path / "gtFine/train/bochum/bochum_000000_000019_gtFine_labelIds.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"bochum.* has no mask .*_gtFine_labelIds"):
+        open_segmentation(f"cityscapes:{cityscapes}", "train")
+    (tmp_path / "images/val2017").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"annotations/val2017 is missing.*cocostuff"):
+        open_segmentation(f"cocostuff:{tmp_path}", "test")
 
 
 def test_an_empty_split_and_another_size(voc, ade20k):

@@ -31,18 +31,8 @@ def test_a_written_pair_is_read(written):
     np.testing.assert_array_equal([pair.first, pair.second], frames)
     np.testing.assert_array_equal(pair.flow, flow * known[..., None])
     np.testing.assert_array_equal(pair.known, known)
-    with pytest.raises(IndexError, match="has 1 pairs"):
+    with pytest.raises(IndexError, match="has 1 items"):
         pairs[1]
-
-
-def test_a_reduced_pair_has_shorter_vectors_of_known_pixels(tmp_path):
-    flow = np.full((20, 40, 2), (4.0, -8.0), np.float32)
-    known = np.ones((20, 40), bool)
-    known[:, ::2] = False  # half of every cell: the mean of the others stays
-    _write_pair(tmp_path / "a", flow, known, np.zeros((2, 20, 40, 3), np.uint8))
-    pair = read_flow_pair(tmp_path / "a", short_side=5)
-    assert pair.first.shape == (5, 10, 3)
-    np.testing.assert_allclose(pair.flow, np.broadcast_to([1, -2], (5, 10, 2)), atol=1e-6)
 
 
 def test_synthetic_pairs_move_as_their_flow_says():

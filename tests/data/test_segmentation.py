@@ -139,8 +139,8 @@ def test_synthetic_stills_are_not_training_frames():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("imagenet:x", "unknown data kind 'imagenet'.*camvid:PATH, voc:PATH.*synthetic"),
-        ("camvid", "no folder; write camvid:PATH"),
+        ("imagenet:x", "unknown data 'imagenet:x'.*camvid:PATH, voc:PATH.*synthetic"),
+        ("camvid", "unknown data 'camvid'; known: camvid:PATH"),
     ],
 )
 def test_bad_specs(spec, message):

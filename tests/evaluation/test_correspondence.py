@@ -104,7 +104,7 @@ def test_options_change_something():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="query_step = 0, expected 1 or more"):
+    with pytest.raises(ValueError, match="query_step = 0, expected more than 0"):
         Correspondence(query_step=0)
     with pytest.raises(ValueError, match="no features 'stage2'"):
         run_correspondence(

@@ -1,12 +1,11 @@
-import builtins
 import json
 
+import cv2
 import numpy as np
 import pytest
 import yaml
 
-from ssl_flow.evaluation.curves import draw_curves, drawable_panels, exponential_mean, png
-from ssl_flow.evaluation.run_log import read_run
+from ssl_flow.evaluation.curves import draw_curves, drawable_panels, exponential_mean, read_run
 
 FULL = {"loss": 6.0, "constant_loss": 6.9, "random_loss": 7.2, "target_entropy": 5.0,
         "effective_rank": 9.0, "embedding_std": 0.2, "gradient_norm": 0.5, "learning_rate": 1e-3,
@@ -75,45 +74,27 @@ def test_a_panel_for_each_known_key_that_was_logged(tmp_path):
 def test_bounds_and_every_line_are_in_the_picture(tmp_path):
     """Colours are looked for in the pixels: what is drawn is what was logged."""
 
+    def pixels(runs):
+        return cv2.imdecode(np.frombuffer(draw_curves(runs), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+
     def has(picture, color):
         return bool((picture == color).all(-1).any())
 
     blue, vermilion, green, purple = (0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167)
     one = read_run(make_run(tmp_path / "one", rows()))
     two = read_run(make_run(tmp_path / "two", rows(constant_loss=None, random_loss=None)))
-    _, cells = draw_curves([one])
-    assert all(has(cells["loss"], c) for c in (blue, vermilion, green, purple))
-    assert not has(cells["gradient norm"], vermilion)
-    _, cells = draw_curves([two])
-    assert has(cells["loss"], purple) and not has(cells["loss"], vermilion)
-    _, cells = draw_curves([one, two])
-    assert has(cells["gradient norm"], vermilion) and not has(cells["loss"], purple)
+    sheet = pixels([one])
+    assert all(has(sheet, c) for c in (blue, vermilion, green, purple))
+    sheet = pixels([two])
+    assert has(sheet, purple) and not has(sheet, vermilion)
+    sheet = pixels([one, two])
+    assert has(sheet, vermilion) and not has(sheet, purple)
 
 
-def test_panels_are_cut_from_the_sheet(tmp_path):
-    log = read_run(make_run(tmp_path / "$a_{$", rows()))  # no mathematics in a name
-    sheet, cells = draw_curves([log])
-    shapes = {cell.shape for cell in cells.values()}
-    assert len(cells) == 8 and len(shapes) == 1
-    height, width, _ = shapes.pop()
-    assert sheet.shape[1] == pytest.approx(3 * width, abs=2)
-    assert sheet.shape[0] > 3 * height
-    assert all((cell[-3:] == 255).all() for cell in cells.values())  # no text is cut off
-    assert png(sheet).startswith(b"\x89PNG")
+def test_a_name_is_no_formula(tmp_path):
+    runs = [read_run(make_run(tmp_path / name, rows())) for name in ("$a_{$", "b")]
+    assert all(draw_curves(some).startswith(b"\x89PNG") for some in (runs[:1], runs))
 
 
 def test_nothing_to_draw(tmp_path):
-    assert draw_curves([read_run(make_run(tmp_path / "run", []))]) == (None, {})
-
-
-def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *rest):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match="pip install matplotlib"):
-        draw_curves([read_run(make_run(tmp_path / "run", rows()))])
+    assert draw_curves([read_run(make_run(tmp_path / "run", []))]) is None

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from fakes import FakeEncoder, label_set, lying, masks
 
-from ssl_flow.evaluation.dense_knn import DenseKnn, _choose, nearest, run_dense_knn
-from ssl_flow.evaluation.patch_features import image_features, label_counts, resize_map
+from ssl_flow.evaluation.dense_knn import DenseKnn, _choose, label_counts, nearest, run_dense_knn
+from ssl_flow.evaluation.pixel_features import image_features, resize_map
 
 AS_IT_IS = DenseKnn(image_size=None, features="stage1")
 
@@ -35,7 +35,7 @@ def test_agrees_with_a_dense_float64_reference():
     encoder = FakeEncoder((4,)).eval()
     protocol = DenseKnn(image_size=None, neighbours=7, temperature=0.1)
     encoder.normalize = lambda x: x.permute(0, 3, 1, 2) / 255 - 0.5  # so that directions differ
-    result = run_dense_knn(encoder, train, test, protocol, examples=4)
+    result = run_dense_knn(encoder, train, test, protocol)
     keys, values = [], []
     for item, patches, stride in image_features(encoder, train, "last"):
         keys.append(F.normalize(patches.flatten(1).T.double(), dim=1))
@@ -109,7 +109,7 @@ def test_images_of_other_sizes_and_coarser_levels():
     torch.testing.assert_close(
         resize_map(even, 4, (32, 32), (20, 50)), F.interpolate(even, (20, 50), mode="bilinear")
     )
-    result = run_dense_knn(encoder, data, data, DenseKnn(image_size=None), examples=1)
+    result = run_dense_knn(encoder, data, data, DenseKnn(image_size=None))
     assert result.counts[:, 1].sum() == 2 * 27 * 45 and result.examples[0][2].shape == (27, 45)
 
 

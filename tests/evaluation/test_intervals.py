@@ -61,8 +61,6 @@ def test_width_of_the_mean_is_the_normal_one_on_many_images():
     assert found.value == pytest.approx(values.mean()) and found.spread is None
     assert found.high - found.value == pytest.approx(expected, rel=0.08)
     assert found.value - found.low == pytest.approx(expected, rel=0.08)
-    wide = interval_of_mean(values, confidence=0.99, resamples=4000)
-    assert wide.low < found.low and wide.high > found.high
 
 
 def test_miou_is_that_of_torchmetrics_and_scikit_learn():
@@ -120,7 +118,7 @@ def test_seeds_share_the_images_and_are_told_apart_from_them():
     # images drawn jointly: the same interval, neither wider nor narrower
     assert (three.value, three.low, three.high) == pytest.approx((one.value, one.low, one.high))
     counts = _sums(_images(rng, 30))
-    one, two = interval_of_miou(counts), interval_of_miou([counts, counts])
+    one, two = interval_of_miou(counts), interval_of_miou(np.stack([counts, counts]))
     assert two.seeds == (one.value, one.value) and two.spread == 0
     assert (two.value, two.low, two.high) == pytest.approx((one.value, one.low, one.high))
 
@@ -177,10 +175,10 @@ def test_outcomes():
         return Outcome({"miou": 0.5}, **({"counts": counts, "items": names} | given))
 
     both = [outcome(values={"J&F": values}), outcome(values={"J&F": values + 1})]
-    assert interval_of_outcomes(both, "miou") == interval_of_miou([counts, counts])
+    assert interval_of_outcomes(both, "miou") == interval_of_miou(np.stack([counts, counts]))
     expected = interval_of_mean(np.stack([values, values + 1]))
     assert interval_of_outcomes(both, "J&F") == expected
-    with pytest.raises(ValueError, match="no values per image of 'accuracy'; known: J&F, miou"):
+    with pytest.raises(ValueError, match="no values per image of 'accuracy'"):
         interval_of_outcomes(both, "accuracy")
     for bad in ([], [outcome(), outcome(items=names[::-1])]):
         with pytest.raises(ValueError, match="not of the same images"):
@@ -188,18 +186,9 @@ def test_outcomes():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match=r"the value of image 1 \(seed 0\) is nan"):
-        interval_of_mean(np.array([0.1, np.nan]))
-    with pytest.raises(ValueError, match=r"shape \(0,\), expected \(N,\)"):
-        interval_of_mean(np.array([]))
-    for bad in (np.ones((3, 3)), [np.ones((2, 4, 3))], [], np.ones((0, 3, 3))):
-        with pytest.raises(ValueError, match=r"expected \(N, 3, K\)"):
+    for bad in (np.array([0.1, np.nan]), np.array([])):
+        with pytest.raises(ValueError, match=r"expected finite values \(N,\)"):
+            interval_of_mean(bad)
+    for bad in (np.ones((3, 3)), np.ones((1, 2, 4, 3)), np.ones((0, 3, 3)), np.zeros((2, 3, 3))):
+        with pytest.raises(ValueError, match=r"expected \(S, N, 3, K\) with counted pixels"):
             interval_of_miou(bad)
-    with pytest.raises(ValueError, match="different shapes"):
-        interval_of_miou([np.ones((2, 3, 3)), np.ones((3, 3, 3))])
-    with pytest.raises(ValueError, match="every label is ignored"):
-        interval_of_miou(np.zeros((2, 3, 3)))
-    with pytest.raises(ValueError, match="confidence = 95"):
-        interval_of_mean(np.ones(3), confidence=95)
-    with pytest.raises(ValueError, match="resamples = 0"):
-        interval_of_mean(np.ones(3), resamples=0)

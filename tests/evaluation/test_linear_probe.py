@@ -109,9 +109,9 @@ def test_seeds_and_options_change_something():
 
 def test_images_of_different_sizes_and_examples():
     mixed = label_set([m[: 24 - i] for i, m in enumerate(masks(0))])
-    result = run_linear_probe(FakeEncoder((1, 4)), mixed, mixed, QUICK, examples=3)
+    result = run_linear_probe(FakeEncoder((1, 4)), mixed, mixed, QUICK)
     assert result.scores["miou"] == 1
-    assert [image.shape[0] for image, _, _ in result.examples] == [24, 22, 19]
+    assert [image.shape[0] for image, _, _ in result.examples] == [24, 23, 22, 21, 20, 19]
     assert "examples" not in result.as_dict()
     batches = [
         len(items) for items, _ in normalized_batches(FakeEncoder((1, 4)), label_set(masks(0)), 4)

@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 from fakes import label_set, masks
 
-from ssl_flow.evaluation.metrics import ConfusionMatrix
-from ssl_flow.evaluation.segmentation_scores import SegmentationScores
+from ssl_flow.evaluation.metrics import ConfusionMatrix, SegmentationScores
 
 
 def _scored(labels, predictions, classes):
     dataset = label_set(labels, classes=classes)
-    scores = SegmentationScores(dataset, examples=2)
+    scores = SegmentationScores(dataset)
     for item, prediction in zip(dataset, predictions, strict=True):
         scores.add(item, prediction)
     return scores
@@ -26,7 +25,7 @@ def test_scores_are_those_of_the_whole_set_in_memory_linear_in_the_classes():
     assert outcome.counts.size == 6 * 3 * 150
     np.testing.assert_array_equal(outcome.counts.sum(0), whole.sums())
     assert outcome.per_class["class2"] == whole.iou()[2] and outcome.per_class["class3"] is None
-    assert outcome.details["seed"] == 3 and len(outcome.examples) == 2
+    assert outcome.details["seed"] == 3 and len(outcome.examples) == 6
 
 
 def test_a_set_whose_every_label_is_ignored_is_refused():

@@ -7,18 +7,17 @@ from PIL import Image
 from torch import nn
 
 from ssl_flow.data.segmentation import SegmentationSet
-from ssl_flow.evaluation.cells import cell_path, load_cell, save_cell
 from ssl_flow.evaluation.dense_knn import DenseKnn
-from ssl_flow.evaluation.feature_pictures import (
+from ssl_flow.evaluation.outcome import Outcome, cell_path, load_cell, save_cell
+from ssl_flow.evaluation.protocols import Data, open_data
+from ssl_flow.evaluation.suite import Cell, parse_row
+from ssl_flow.evaluation.suite_pictures import (
     joint_maps,
     mark_pixels,
     pca_tiles,
     pick_images,
     similarity_tiles,
 )
-from ssl_flow.evaluation.outcome import Outcome
-from ssl_flow.evaluation.protocols import Data, open_data
-from ssl_flow.evaluation.suite import Cell, parse_row
 from ssl_flow.evaluation.suite_tables import as_csv, as_markdown, tables
 
 ABOUT = {"protocol": {"name": "dense-knn"}, "encoder": "e", "seed": 0}

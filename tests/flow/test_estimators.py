@@ -10,7 +10,7 @@ import pytest
 from clips import texture
 
 from ssl_flow.flow import OPTIONS, flow_validity, optical_flow, optical_flows
-from ssl_flow.flow.opencv import METHODS as OPENCV_METHODS
+from ssl_flow.flow.estimators import OPENCV_METHODS
 
 METHODS = [method for method in OPTIONS if method != "raft"]  # which needs weights: test_raft.py
 # OpenCV's TV-L1 takes seconds a pair with its defaults.

@@ -313,15 +313,15 @@ def test_22_a_folder_of_images_that_changed_is_noticed(tmp_path):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_23_flow_that_is_not_finite_is_left_out(tmp_path, monkeypatch, value):
-    def broken(a, b, method, **options):
+    def broken(a, b, *arguments, **options):
         flow = np.ones((*a.shape, 2), np.float32)
-        flow[3, 4] = value
+        flow[:, 3, 4] = value
         return flow
 
     def frames(short_side):
         return (Frame(i / 10, image) for i, image in enumerate(moving(4)))
 
-    monkeypatch.setattr("ssl_flow.flow.job.optical_flow", broken)
+    monkeypatch.setattr("ssl_flow.flow.job.optical_flows", broken)
     summary = extract([Source("a", frames)], tmp_path / "store")
     assert summary.skipped == {"not_finite": 3}
     assert "not_finite" in summary.problems[0].reason

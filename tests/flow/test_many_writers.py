@@ -2,35 +2,26 @@
 
 import json
 import os
-import sys
-import threading
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 from clips import moving, shard_bytes, write_video
-from test_store import contents, make_store, write_shard
+from test_store import contents, make_store, members, write_shard
 
-from ssl_flow.flow import FlowStore, StoreError, extract, find_sources, shard
-from ssl_flow.flow import store as store_module
+from ssl_flow.flow import FlowStore, StoreError, extract, find_sources
 from ssl_flow.flow.command import flow_command
 from ssl_flow.flow.job import Settings, extract_source
-from ssl_flow.flow.lock import store_lock
 from ssl_flow.flow.merge import merge_stores
-from ssl_flow.flow.problems import ProblemList, read_problems
-from ssl_flow.flow.shard import BusyError, ShardWriter, finished, open_temporary, shard_path
-from ssl_flow.flow.store import verify, write_lists
+from ssl_flow.flow.shard import (
+    ShardWriter,
+    finished,
+    shard_path,
+    store_lock,
+)
+from ssl_flow.flow.store import read_problems, update_problems, verify
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="no locks there")
-
-
-def is_locked(path):
-    try:
-        open_temporary(path, patience=0).close()
-    except BusyError:
-        return True
-    return False
 
 
 def test_parts_leave_the_lists_to_the_last_call(tmp_path, capsys):
@@ -82,16 +73,6 @@ def test_what_another_call_has_just_finished_is_not_begun_again(tmp_path):
     assert FlowStore(make_store(tmp_path, [])).sources == []
 
 
-def test_of_two_calls_that_begin_one_store_the_first_one_decides(tmp_path, monkeypatch):
-    extract([], tmp_path / "s", size=48)
-    before = shard_bytes(tmp_path / "s")
-    # As the second one saw it before the first one wrote.
-    monkeypatch.setattr(sys.modules["ssl_flow.flow.extract"], "is_store", lambda store: False)
-    with pytest.raises(StoreError, match="made with size = 48"):
-        extract([], tmp_path / "s", size=64)
-    assert shard_bytes(tmp_path / "s") == before
-
-
 def test_a_part_without_any_pair_is_no_failure(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/empty.mp4").write_bytes(b"")
@@ -100,64 +81,26 @@ def test_a_part_without_any_pair_is_no_failure(tmp_path):
     assert flow_command(command) == 1
 
 
-def test_the_indexes_are_listed_when_nobody_else_writes_the_manifest(tmp_path, monkeypatch):
-    store = make_store(tmp_path / "s", ["a"])
-    listed = []
-
-    def list_indexes(path):
-        listed.append(is_locked(path / "manifest.jsonl"))
-        return shard.index_files(path)
-
-    monkeypatch.setattr(store_module, "index_files", list_indexes)
-    write_lists(store)
-    assert listed == [True]
-
-
-def test_the_list_of_problems_is_removed_while_it_is_locked(tmp_path, monkeypatch):
-    first = ProblemList(tmp_path, strict=False)
-    first.note("a", "broken")
-    first.save()
-    (tmp_path / ".problems.jsonl.tmp").write_bytes(b"left by a killed process")
-    locked, unlink = [], Path.unlink
-
-    def watched(path, missing_ok=False):
-        if path.name == "problems.jsonl":
-            locked.append(is_locked(path))
-        unlink(path, missing_ok)
-
-    monkeypatch.setattr(Path, "unlink", watched)
-    second = ProblemList(tmp_path, strict=False)
-    second.note("a", None)
-    second.save()
-    assert locked == [True]
-    assert list(tmp_path.iterdir()) == []
-    assert read_problems(tmp_path) == {}
-
-
 def test_parts_keep_the_problems_of_each_other(tmp_path):
-    parts = [ProblemList(tmp_path, strict=False) for _ in range(3)]
-    for part, source in zip(parts, "abc", strict=True):
-        part.note(source, f"{source} is broken")
-        part.save()
-    parts[1].note("b", None)
-    parts[1].save()
+    for source in "abc":
+        update_problems(tmp_path, {source: f"{source} is broken"})
+    update_problems(tmp_path, {"b": None})
     assert read_problems(tmp_path) == {"a": "a is broken", "c": "c is broken"}
 
 
-def test_an_orphaned_worker_is_waited_for(tmp_path):
+def test_two_writers_of_one_shard_leave_a_whole_one(tmp_path):
     store = make_store(tmp_path / "s", [])
-    orphan = ShardWriter(store, "a")
-    timer = threading.Timer(0.3, orphan.__exit__)
-    timer.start()
-    write_shard(store, "a")
-    timer.join()
+    with ShardWriter(store, "a") as orphan:
+        orphan.add("a/000000", members("a", 0))
+        write_shard(store, "a")
+    write_shard(store, "b")
     assert verify(store) == {}
-    assert FlowStore(store).sources == ["a"]
+    assert FlowStore(store).sources == ["a", "b"]
+    assert len(contents(store)) == 5  # no temporary file
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_stores_that_are_being_written_are_not_merged(tmp_path, monkeypatch, shared):
-    monkeypatch.setattr(shard, "PATIENCE", 0.1)
+def test_stores_that_are_being_written_are_not_merged(tmp_path, shared):
     parts = [make_store(tmp_path / name, [name]) for name in "ab"]
     with store_lock(parts[1], shared), pytest.raises(StoreError, match="b is being written by"):
         merge_stores(parts, tmp_path / "out")
@@ -170,7 +113,7 @@ def test_a_store_that_may_only_be_read_is_merged(tmp_path, monkeypatch):
     part = make_store(tmp_path / "a", ["a"])
     (part / ".lock").mkdir()  # cannot be opened, by no user
     before = contents(part)
-    assert merge_stores([part], tmp_path / "out").linked == 1
+    assert merge_stores([part], tmp_path / "out")["linked"] == 1
     assert contents(part) == before
     manifest = (tmp_path / "out/manifest.jsonl").read_text()
     assert json.loads(manifest)["source"] == "a"

@@ -61,15 +61,6 @@ def test_the_sheet_is_a_picture_and_the_same_each_time(store, tmp_path, capsys):
     assert magenta.sum() > 500  # what is not valid
 
 
-def test_full_color_changes_the_colours(store, tmp_path):
-    pictures = []
-    for flags in ([], ["--full-color", "50"]):
-        out = tmp_path / "sheet.png"
-        assert main(["show", "flow", str(store), "--out", str(out), "--count", "2", *flags]) == 0
-        pictures.append(cv2.imread(str(out)))
-    assert (pictures[0] != pictures[1]).mean() > 0.02
-
-
 def test_errors_are_told(store, tmp_path, capsys):
     def fails(*arguments):
         assert main(["show", "flow", *map(str, arguments)]) == 2
@@ -78,7 +69,6 @@ def test_errors_are_told(store, tmp_path, capsys):
     out = tmp_path / "sheet.png"
     assert "not a flow store" in fails(tmp_path / "absent")
     assert "above 0" in fails(store, "--out", out, "--count", 0)
-    assert "above 0" in fails(store, "--out", out, "--full-color", -1)
     assert "No such file" in fails(store, "--out", tmp_path / "absent/sheet.png", "--count", 1)
     empty = make_store(tmp_path / "empty", [])
     assert "holds no pair" in fails(empty, "--out", out)

@@ -20,8 +20,8 @@ from clips import living_source, moving, shard_bytes, write_video
 
 from ssl_flow.flow import FlowStore, Frame, Source, StoreError, extract, find_sources
 from ssl_flow.flow.command import flow_command
-from ssl_flow.flow.lock import store_lock
-from ssl_flow.flow.problems import ProblemError
+from ssl_flow.flow.extract import ProblemError
+from ssl_flow.flow.shard import store_lock
 from ssl_flow.flow.store import verify
 
 FLAGS = ["--size", "48", "--option", "preset=ultrafast", "--option", "finest_scale=3"]
@@ -269,11 +269,10 @@ def test_24_an_error_of_the_disk_stops_it_cleanly(tmp_path, monkeypatch, call, a
     assert shard_bytes(tmp_path / "store") == shard_bytes(tmp_path / "good")
 
 
-def test_25_two_calls_at_once_do_not_mix(clips, tmp_path, monkeypatch):
-    monkeypatch.setattr("ssl_flow.flow.shard.PATIENCE", 0.1)
+def test_25_two_calls_at_once_do_not_mix(clips, tmp_path):
     sources = find_sources([clips])[0][:2]
     extract(sources, tmp_path / "store", part=(1, 2))
-    busy = pytest.raises(StoreError, match=f"another call .process {os.getpid()} on .*wait")
+    busy = pytest.raises(StoreError, match="another call: wait")
     with store_lock(tmp_path / "store", shared=False), busy:
         extract(sources, tmp_path / "store")
     with store_lock(tmp_path / "store", shared=True):  # another part

@@ -6,7 +6,6 @@ import pytest
 from clips import moving, texture, write_video
 
 from ssl_flow.flow import VideoError, find_sources, read_frames
-from ssl_flow.flow.video import Header, read_header
 
 pytest.importorskip("av")
 
@@ -63,19 +62,15 @@ def test_display_rotation_is_applied(tmp_path, angle, turns):
 def test_nothing_there_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.mp4"):
         next(read_frames(tmp_path / "absent.mp4"))
-    with pytest.raises(VideoError, match="there is nothing"):
-        read_header(tmp_path / "absent.mp4")
 
 
-def test_the_header_tells_the_length(tmp_path):
+def test_frames_tell_how_much_lies_behind_them(tmp_path):
     path = write_video(tmp_path / "a.mp4", moving(12), fps=8)
-    assert read_header(path) == Header(pytest.approx(1.5), 12)
     shares = [frame.share for frame in read_frames(path)]
     assert shares == pytest.approx(np.arange(12) / 12, abs=0.01)
     (tmp_path / "frames").mkdir()
     for i in range(6):
         cv2.imwrite(str(tmp_path / f"frames/{i}.png"), texture(i, 16, 16))
-    assert read_header(tmp_path / "frames") == Header(0.25, 6)
     assert [frame.share for frame in read_frames(tmp_path / "frames")][-1] == 1
 
 
@@ -109,7 +104,6 @@ def test_a_folder_of_images(tmp_path):
     assert [frame.time for frame in frames] == pytest.approx(np.arange(11) / 24)
     for frame, image in zip(frames, images, strict=True):
         np.testing.assert_array_equal(frame.image, image)
-    assert [f.time for f in read_frames(tmp_path, folder_fps=10)][3] == pytest.approx(0.3)
     assert next(read_frames(tmp_path, 32)).image.shape == (32, 48, 3)
     (tmp_path / "frame4.png").write_bytes(b"damaged")
     frames, error = until_damage(tmp_path)

@@ -14,9 +14,8 @@ from broken import place_of_pictures, point_into_nowhere
 from clips import moving, write_video
 
 from ssl_flow.flow import VideoError, extract, find_sources, read_frames
-from ssl_flow.flow import container as container_module
+from ssl_flow.flow import command as command_module
 from ssl_flow.flow import job as job_module
-from ssl_flow.flow import plan as plan_module
 from ssl_flow.flow import video as video_module
 from ssl_flow.flow.job import Settings
 
@@ -26,7 +25,7 @@ pytest.importorskip("av")
 def failing_disk(monkeypatch, name, number, good=0.5):
     """Let the disk fail with this error number after a share of the file."""
 
-    class Failing(container_module._File):
+    class Failing(video_module._File):
         def read(self, size=-1):
             path = Path(self.name)
             if path.name == name and self.tell() > good * path.stat().st_size:
@@ -41,7 +40,7 @@ def failing_disk(monkeypatch, name, number, good=0.5):
         return real(self, mode, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", open_)
-    monkeypatch.setattr(container_module, "_File", Failing)
+    monkeypatch.setattr(video_module, "_File", Failing)
 
 
 def write_clip(path):
@@ -88,7 +87,7 @@ def test_24_an_image_that_the_disk_does_not_give_is_no_damaged_one(tmp_path, mon
 @pytest.mark.parametrize("gap", [0.1, "auto"])
 def test_24_a_disk_that_fails_once_does_not_choose_the_gap(tmp_path, monkeypatch, number, gap):
     sources, _ = find_sources([write_video(tmp_path / "a.mp4", moving(12))])
-    failed, real = [], container_module._File
+    failed, real = [], video_module._File
 
     def fails_once(path):
         if not failed:
@@ -96,7 +95,7 @@ def test_24_a_disk_that_fails_once_does_not_choose_the_gap(tmp_path, monkeypatch
             raise OSError(number, "the disk fails")
         return real(path)
 
-    monkeypatch.setattr(container_module, "_File", fails_once)
+    monkeypatch.setattr(video_module, "_File", fails_once)
     summary = extract(sources, tmp_path / "store", gap=gap)
     assert summary.done == 0
     assert "the disk fails: not stored, repeat the call" in summary.problems[0].reason
@@ -124,10 +123,10 @@ def test_24_a_file_that_the_disk_does_not_find_is_no_bad_one(
     with pytest.raises(expected, match="the disk fails"):
         list(read_frames(tmp_path))
     if lasting:
-        assert "the disk fails" in container_module.why_no_file(video)
+        assert "the disk fails" in video_module.why_no_file(video)
     else:
         with pytest.raises(OSError, match="the disk fails"):
-            container_module.why_no_file(video)
+            video_module.why_no_file(video)
 
 
 def test_what_lies_before_a_place_that_no_file_has_is_stored(tmp_path):
@@ -191,7 +190,7 @@ def test_04_only_headers_that_are_sure_say_where_pictures_end(kind, streams, tag
     format = SimpleNamespace(name=kind)
     container = SimpleNamespace(format=format, streams=[None] * streams, duration=12_000_000)
     stream = SimpleNamespace(duration=None, time_base=None, metadata=tags)
-    assert container_module.promised_seconds(container, stream) == expected
+    assert video_module.promised_seconds(container, stream) == expected
 
 
 def damaged_for_long(path):
@@ -211,7 +210,7 @@ def test_07_damaged_parts_are_signs_of_life_in_a_dry_run_too(tmp_path):
     def tick(share=0.0, pairs=0):
         signs.append((share, pairs))
 
-    assert plan_module._sample(source, tick, tmp_path / "store", settings, "cpu")
+    assert command_module._sample(source, tick, tmp_path / "store", settings, "cpu")
     assert sum(sign == (0.0, 0) for sign in signs) >= 60  # packets
 
 
@@ -237,10 +236,10 @@ def test_07_images_that_cannot_be_read_are_signs_of_life(tmp_path):
 def test_13_the_limit_holds_while_the_header_is_made_out(tmp_path, monkeypatch):
     """Of a PNG in a MOV the format of pixels is known only when a frame has been decoded."""
     path = write_video(tmp_path / "a.mov", moving(2), codec="png", pix_fmt="rgb24")
-    with container_module.opened(path) as (_, stream):
+    with video_module.opened(path) as (_, stream):
         assert stream.codec_context.pix_fmt == "rgb24"
-    monkeypatch.setattr(container_module, "MAX_PIXELS", 1000)
-    with container_module.opened(path) as (_, stream):
+    monkeypatch.setattr(video_module, "MAX_PIXELS", 1000)
+    with video_module.opened(path) as (_, stream):
         assert stream.codec_context.pix_fmt is None
     with pytest.raises(VideoError):
         list(read_frames(path))

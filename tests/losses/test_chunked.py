@@ -21,8 +21,7 @@ GRIDS = [(1, 1), (1, 2), (5, 7), (4, 8), (3, 11), (9, 16)]  # of tiles of 8 and,
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setitem(chunked._TILE_SIDE, "cpu", 8)
-    monkeypatch.setitem(chunked._TILE_NUMBERS, "cpu", 2 * 8 * 8)  # two of three images at a time
+    monkeypatch.setattr(chunked, "_CPU_TILE", (8, 2 * 8 * 8))  # two of three images at a time
 
 
 def _inputs(h, w, dtype, weighted, b=3, d=4):

@@ -48,14 +48,15 @@ def _loop(objective, e, f, w, self_pairs="exclude"):
 
 
 def _call(objective, e, f, w, self_pairs="exclude", s=S):
-    options = {"flow_sigma": SIGMA}
-    if objective in ("cross_entropy", "target_entropy"):
-        options |= {"flow_temperature": TAU_F, "self_pairs": self_pairs}
-    if objective == "target_entropy":
-        return reference.target_entropy(f, w, **options)
+    options = reference.Options(TAU_E, SIGMA, TAU_F, self_pairs == "exclude")
     if objective == "cross_entropy":
-        options["embedding_temperature"] = TAU_E
-    return getattr(reference, objective)(e, s, f, w, **options)
+        return reference.cross_entropy(e, s, f, w, options)
+    if objective == "target_entropy":
+        return reference.target_entropy(f, w, options)
+    products = reference.inner_products(e, f, w, options)
+    if objective == "regression":
+        return reference.regression(products, w, s)
+    return reference.kernel_alignment(products, w)
 
 
 def _inputs(b=3, n=7, d=4):

@@ -83,20 +83,19 @@ def test_vit_position_embeddings_are_interpolated_to_the_image(size):
 def test_head_equals_the_concatenated_hypercolumn():
     """Projecting before upsampling is the same function as the hypercolumn head of the field."""
     torch.manual_seed(0)
-    channels, strides = [5, 7, 9], [2, 4, 16]
+    channels, strides = [5, 7, 9, 3], [2, 4, 16, 16]
     head = PixelEmbeddingHead(channels, strides, embedding_dim=4, hidden_dim=6).double().eval()
     maps = [
         torch.randn(2, c, 64 // s, 64 // s, dtype=torch.double)
         for c, s in zip(channels, strides, strict=True)
     ]
     with torch.no_grad():
-        normed = [
-            to_stride(level[0](m), s, 4)
-            for level, m, s in zip(head.levels, maps, strides, strict=True)
-        ]
-        kernel = torch.cat([level[1].weight for level in head.levels], dim=1)
-        dense = head.output(F.conv2d(torch.cat(normed, dim=1), kernel))
-        torch.testing.assert_close(head(maps), dense)
+        at_4 = torch.cat([F.avg_pool2d(maps[0], 2), maps[1]], dim=1)
+        at_16 = torch.cat(maps[2:], dim=1)
+        fine, coarse = head.projections["4"], head.projections["16"]
+        column = torch.cat([fine[0](at_4), to_stride(coarse[0](at_16), 16, 4)], dim=1)
+        kernel = torch.cat([fine[1].weight, coarse[1].weight], dim=1)
+        torch.testing.assert_close(head(maps), head.output(F.conv2d(column, kernel)))
 
 
 def test_random_spec_is_seeded_and_leaves_the_global_generator_alone():

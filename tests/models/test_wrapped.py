@@ -176,7 +176,7 @@ def test_the_probe_takes_them_all(user, offline, tmp_path, capsys):
     train, test = (_few(open_segmentation("synthetic", split)) for split in ("train", "test"))
     quick = LinearProbe(pixels_per_image=100, steps=20)
     for spec in ("handmade", "python:my_networks:function"):
-        result = run_linear_probe(load_encoder(spec), train, test, quick, progress=False)
+        result = run_linear_probe(load_encoder(spec), train, test, quick)
         assert 0 < result.scores["miou"] <= 1
     arguments = ["--encoder", "no:such", "--data", "synthetic", "--out", str(tmp_path / "out")]
     assert eval_command(["linear-probe", *arguments]) == 2

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 from clips import moving, write_video
 
-from ssl_flow.flow import find_sources, pool, ray_engine
+from ssl_flow.flow import find_sources, pool
 from ssl_flow.flow.estimators import method_options
 from ssl_flow.flow.job import Settings, extract_source
 
@@ -20,7 +20,7 @@ needs_ray = pytest.mark.skipif(
 def test_without_ray_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"pip install 'ssl-flow\[ray\]'"):
-        list(ray_engine.run([1], print, 1, _ignore))
+        list(pool.run_on_ray([1], print, 1, _ignore))
 
 
 def _ignore(item, share, pairs):
@@ -54,7 +54,9 @@ def ray():
 def test_a_worker_that_dies_or_hangs_costs_its_item_only(ray, job):
     reports = []
     results = list(
-        ray_engine.run([1, 66, 2, 88, 3], job, 2, lambda *report: reports.append(report), timeout=3)
+        pool.run_on_ray(
+            [1, 66, 2, 88, 3], job, 2, lambda *report: reports.append(report), timeout=3
+        )
     )
     assert sorted((item, result) for item, result, _ in results) == [
         (1, 1), (2, 4), (3, 9), (66, None), (88, None)
@@ -68,13 +70,13 @@ def test_a_worker_that_dies_or_hangs_costs_its_item_only(ray, job):
 @needs_ray
 def test_what_a_job_raises_is_raised(ray, job):
     with pytest.raises(OSError, match=r"^disk full$"):
-        list(ray_engine.run([1, 77, 2], job, 1, _ignore))
+        list(pool.run_on_ray([1, 77, 2], job, 1, _ignore))
 
 
 @needs_ray
 def test_closing_ends_the_tasks(ray, job):
     start = time.monotonic()
-    with closing(ray_engine.run([1, 88, 88], job, 2, _ignore)) as results:
+    with closing(pool.run_on_ray([1, 88, 88], job, 2, _ignore)) as results:
         assert next(results) == (1, 1, None)
     assert time.monotonic() - start < 20
 
@@ -87,9 +89,9 @@ def test_the_shards_are_the_same_as_without_ray(ray, tmp_path):
     sources, _ = find_sources([tmp_path / "clips"])
     settings = Settings("dis", method_options("dis", {}), 48, 0.1, 0.1, False)
     found = {}
-    for name, engine, workers in (("here", pool, 0), ("ray", ray_engine, 2)):
+    for name, run, workers in (("here", pool.run, 0), ("ray", pool.run_on_ray, 2)):
         job = partial(extract_source, store=tmp_path / name, settings=settings)
-        results = list(engine.run(sources, job, workers, _ignore))
+        results = list(run(sources, job, workers, _ignore))
         assert [reason for _, _, reason in results] == [None] * 3
         files = sorted(file for file in (tmp_path / name).rglob("*") if file.is_file())
         found[name] = {str(f.relative_to(tmp_path / name)): f.read_bytes() for f in files}

@@ -1,0 +1,189 @@
+"""Weights that others saved: read without running their code, fitted to a network name by name."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+# The copy that is not judged: DINO evaluates its teacher, MoCo and lightly the query encoder.
+_OTHER_COPY = re.compile("student|momentum|encoder_k")
+
+
+@dataclass(frozen=True)
+class Match:
+    """Which tensors of a file a network takes; `str()` is the report."""
+
+    source: str
+    prefix: str
+    """In front of the names in the file."""
+    matched: dict[str, Tensor]
+    missing: list[str]
+    unexpected: list[str]
+    """Beside the matched ones in the file, without a place in the network."""
+    wrong: list[str]
+    """With another shape, as text."""
+    classifier: int
+    """Tensors of a classifier, which an encoder leaves out."""
+    elsewhere: int
+    """Tensors without the prefix: heads, a second copy of the network, an optimiser."""
+
+    def __str__(self) -> str:
+        """Counts, and the first names of what does not fit."""
+        found = f" under {self.prefix!r}" if self.prefix else ""
+        aside = f"{self.classifier} of a classifier, {self.elsewhere} elsewhere in the file"
+        lines = [f"{self.source}: {len(self.matched)} tensors taken{found}, left aside: {aside}"]
+        for title in ("missing", "unexpected", "wrong"):
+            names = getattr(self, title)
+            more = f", ... ({len(names)})" if len(names) > 4 else ""
+            lines += [f"  {title}: {', '.join(names[:4])}{more}"] if names else []
+        return "\n".join(lines)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a `.safetensors` file or of a PyTorch checkpoint, by their dotted names.
+
+    A checkpoint is unpickled by PyTorch's restricted reader (`weights_only`); beside its own types
+    it may hold an `argparse.Namespace`, as DINO's training files do. No code of it is run.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a file, or it holds something else than numbers and tensors.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file of weights at {str(path)!r}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        wish = f"it asks for {asked[1]}" if asked else str(error).splitlines()[0]
+        raise ValueError(
+            f"{path} was not opened, since loading it could run code ({wish}). Ask its author for "
+            "a .safetensors, or, where you trust it, save its state dict alone: "
+            "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
+        ) from error
+    except Exception as error:
+        raise ValueError(f"{path} is no readable file of weights: {error}") from error
+    return dict(_flat(content))
+
+
+def _flat(content: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(content, Tensor):
+        yield prefix, content
+    elif isinstance(content, dict):
+        for name, value in content.items():
+            if isinstance(name, str):  # an optimiser's are numbers
+                yield from _flat(value, f"{prefix}.{name}" if prefix else name)
+
+
+def load_weights(
+    network: nn.Module,
+    tensors: dict[str, Tensor],
+    source: str,
+    classifier: Sequence[str] = (),
+    strict: bool = True,
+) -> Match:
+    """Fill a network from another's checkpoint.
+
+    Names may stand under any prefix (`module.`, `backbone.`, `teacher.backbone.`, ...): the one
+    under which most tensors fit is removed as a whole. They are those of the network, those that
+    timm converts (the authors' releases of DINOv2, ConvNeXt, ...), or numbers in place of the
+    names of the network's children (`nn.Sequential(*resnet.children())`, as in lightly).
+
+    Args:
+        network: a timm or torchvision model, filled in place.
+        tensors: of `read_tensors`.
+        source: their name in messages.
+        classifier: names of the classifier's modules, which the network has not got.
+        strict: refuse missing and unexpected names.
+
+    Returns:
+        What was taken and what was not.
+
+    Raises:
+        ValueError: `strict`, and names are missing or unexpected; a wrong shape; no name that fits;
+            two copies of the network, and no way to tell which one is meant.
+    """
+    wanted = network.state_dict()
+    best: list[tuple[int, str, dict[str, Tensor]]] = []
+    for prefix in _prefixes(tensors, len(wanted) // 2):
+        inside = {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
+        for names in _spellings(inside, network):
+            fitting = sum(n in wanted and t.shape == wanted[n].shape for n, t in names.items())
+            if not best or fitting > best[0][0]:
+                best = []
+            if not best or fitting == best[0][0]:
+                best.append((fitting, prefix, names))
+    judged = [one for one in best if not _OTHER_COPY.search(one[1])] or best
+    fitting, prefix, names = judged[0] if judged else (0, "", tensors)
+    rivals = [p for _, p, _ in judged if not (p.startswith(prefix) or prefix.startswith(p))]
+    if fitting and rivals:
+        raise ValueError(
+            f"{source} holds the network twice, under {prefix!r} and {rivals[0]!r}: save the one "
+            "that you mean into a file of its own"
+        )
+    beside = {n: t for n, t in names.items() if n not in wanted}
+    outputs = tuple(f"{name}." for name in classifier)
+    taken = {n: t for n, t in names.items() if n in wanted}
+    match = Match(
+        source,
+        prefix,
+        {n: t for n, t in taken.items() if t.shape == wanted[n].shape},
+        [n for n in wanted if n not in names and not n.endswith("num_batches_tracked")],
+        [n for n in beside if not n.startswith(outputs)],
+        [f"{n} is {tuple(t.shape)}, expected {tuple(wanted[n].shape)}" for n, t in taken.items()
+         if t.shape != wanted[n].shape],
+        sum(n.startswith(outputs) for n in beside),
+        sum(not n.startswith(prefix) for n in tensors),
+    )  # fmt: skip
+    if not match.matched or match.wrong or (strict and (match.missing or match.unexpected)):
+        mend = "" if match.wrong or not match.matched else " (strict=False takes what fits)"
+        raise ValueError(f"{source} does not fit {type(network).__name__}{mend}\n{match}")
+    if match.missing or match.unexpected:
+        warnings.warn(str(match), stacklevel=2)
+    network.load_state_dict(match.matched, strict=False)
+    return match
+
+
+def _prefixes(names: Sequence[str] | dict[str, Tensor], least: int) -> list[str]:
+    """Dotted beginnings that at least `least` of the names share; the empty one first."""
+    shared: Counter[str] = Counter()
+    for name in names:
+        parts = name.split(".")
+        shared.update("".join(f"{part}." for part in parts[:n]) for n in range(len(parts)))
+    return [prefix for prefix, count in shared.items() if count >= least]
+
+
+def _spellings(names: dict[str, Tensor], network: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """The tensors as they are named, as timm converts them, and with numbers made to names."""
+    yield names
+    children = [name for name, _ in network.named_children()]
+    renamed = {}
+    for name, tensor in names.items():
+        first, dot, rest = name.partition(".")
+        if first.isdecimal() and int(first) < len(children):
+            name = children[int(first)] + dot + rest
+        # DINOv2's training files number their blocks in chunks: blocks.CHUNK.BLOCK.
+        renamed[re.sub(r"^blocks\.\d+\.(?=\d+\.)", "blocks.", name)] = tensor
+    if renamed.keys() != names.keys():
+        yield renamed
+    convert: Any = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    for spelling in (names, renamed) if convert else ():
+        try:
+            yield convert(dict(spelling), network)
+        except Exception:  # made for other names
+            continue
