@@ -27,7 +27,7 @@ from ssl_flow.evaluation.loc2vec import (
     run_loc2vec,
 )
 from ssl_flow.evaluation.loc2vec_command import read_places, read_vectors, write_vectors
-from ssl_flow.evaluation.loc2vec_pictures import draw_pictures, nearest, tile_rgb, walks
+from ssl_flow.evaluation.loc2vec_pictures import draw_pictures, tile_rgb, walks
 from ssl_flow.models import load_tile_encoder
 from ssl_flow.training import train_command
 from ssl_flow.training.score import score_run
@@ -338,8 +338,6 @@ def test_pictures_of_layers_and_of_points(place, monkeypatch):
     assert shown[3, 3].tolist() == [248] * 3 and shown[0, 0].tolist() == shown[1, 1].tolist()
     rng = np.random.default_rng(0)
     points = rng.normal(size=(50, 3))
-    expected = np.linalg.norm(points[:, None] - points[None, :2], axis=-1).argsort(0)[:4].T
-    assert (nearest(points, points[:2], 4) == expected).all()
     for line in walks(points, rng):
         assert len(set(line.tolist())) == len(line) == 9
     drawn = draw_pictures(load_judged("histograms", 0, tile_map), tile_map, QUICK,

@@ -11,7 +11,7 @@ third of a triplet is another place of the batch, far away (`ssl_flow.losses.min
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -53,9 +53,7 @@ class TilePairs(Dataset[TilePair]):
         side: int,
         *,
         shift: float,
-        scale: float = 1.0,
-        metres: float | None = None,
-        rotate: bool = True,
+        metres: float,
         drop_layers: float = 0.2,
         color_jitter: float = 0.4,
         least_content: float = 0.05,
@@ -69,9 +67,7 @@ class TilePairs(Dataset[TilePair]):
             length: examples in the whole run.
             side: of a tile in pixels.
             shift: metres between the anchor's and the positive's centre, at most.
-            scale: map pixels per pixel of a tile.
-            metres: the tile's side on the ground, instead of `scale`.
-            rotate: turn the positive by any angle.
+            metres: the tile's side on the ground.
             drop_layers: probability for each layer of the positive to be switched off (to 0); one
                 that shows something always stays. Not for the channels of a picture.
             color_jitter: strength of the change of a picture's colours, see `sample_color`.
@@ -90,10 +86,9 @@ class TilePairs(Dataset[TilePair]):
         self.tile_map, self.length, self.side = tile_map, length, side
         self.centres = np.asarray(centres, np.float64)
         self.places = tile_map.lonlat(self.centres)
-        self.shift, self.rotate = shift, rotate
+        self.shift, self.metres = shift, metres
         self.drop_layers, self.color_jitter = drop_layers, color_jitter
         self.least_content, self.seed = least_content, seed
-        self._cut: dict[str, Any] = {"side": side, "scale": scale, "metres": metres}
         self._turn: tuple[int, np.ndarray] = (-1, np.empty(0, int))  # the last one's order
 
     def __len__(self) -> int:
@@ -121,7 +116,7 @@ class TilePairs(Dataset[TilePair]):
     def _positive(self, rng: np.random.Generator, index: int) -> tuple[np.ndarray, np.ndarray]:
         """A tile near a place, and where it is."""
         for _ in range(_TRIES):
-            rotation = rng.uniform(0, 360) if self.rotate else 0.0
+            rotation = rng.uniform(0, 360)
             place = around(rng, self.places[index], self.shift)
             centre = self.tile_map.georeference.pixel(place)
             if self.tile_map.is_inside(centre[None])[0]:
@@ -131,7 +126,8 @@ class TilePairs(Dataset[TilePair]):
         return self._tile(self.centres[index], rotation), self.places[index]
 
     def _tile(self, centre: np.ndarray, rotation: float = 0.0) -> np.ndarray:
-        return self.tile_map.cut(*centre.tolist(), rotation=rotation, **self._cut)
+        x, y = centre.tolist()
+        return self.tile_map.cut(x, y, self.side, metres=self.metres, rotation=rotation)
 
     def _augment(self, rng: np.random.Generator, tile: np.ndarray) -> np.ndarray:
         """Switch layers off and change the colours of pictures: (side, side, C) uint8."""

@@ -16,6 +16,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from ssl_flow.data.georeference import great_circle
 from ssl_flow.data.open_map import open_map_spec
 from ssl_flow.evaluation.loc2vec import embed_tiles, judged_digest, load_judged
 from ssl_flow.flow.shard import write_atomically
@@ -171,10 +172,6 @@ def read_vectors(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _neighbours(command: Neighbours) -> None:
-    from sklearn.neighbors import NearestNeighbors
-
-    from ssl_flow.data.georeference import great_circle
-
     places, vectors = read_vectors(command.vectors)
     if (command.row is None) == (command.lonlat is None):
         raise ValueError("give either --row or --lonlat")
@@ -185,11 +182,11 @@ def _neighbours(command: Neighbours) -> None:
     row = command.row or 0
     if not 0 <= row < len(vectors):
         raise ValueError(f"--row is {row}; {command.vectors} has {len(vectors)}, from 0 on")
-    count = min(command.count + 1, len(vectors))
-    distances, rows = NearestNeighbors(n_neighbors=count).fit(vectors).kneighbors(vectors[[row]])
+    distances = np.linalg.norm(vectors - vectors[row], axis=1)
     print("row,lon,lat,distance")
-    for index, distance in zip(rows[0].tolist(), distances[0].tolist(), strict=True):
-        print(f"{index},{places[index, 0]:.7g},{places[index, 1]:.7g},{distance:.6g}")
+    for index in distances.argsort(kind="stable")[: command.count + 1].tolist():
+        lon, lat = places[index]
+        print(f"{index},{lon:.7g},{lat:.7g},{distances[index]:.6g}")
 
 
 def _is_number(text: str) -> bool:

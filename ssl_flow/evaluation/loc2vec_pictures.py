@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import cv2
 import numpy as np
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 from ssl_flow.data.georeference import great_circle
 from ssl_flow.data.tiles import TileMap
 from ssl_flow.evaluation.loc2vec import Judged, Loc2Vec, embed_tiles
+from ssl_flow.evaluation.pictures import strip
 from ssl_flow.models import TileEncoder
 
 # Of a layer whose name begins so; the first layers are drawn last. Others get a hue of their own.
@@ -45,29 +44,9 @@ def tile_rgb(tiles: np.ndarray, tile_map: TileMap) -> np.ndarray:
 
 def neighbour_sheet(shown: np.ndarray, grid: np.ndarray, side: int = 96) -> np.ndarray:
     """Pictures (N, H, W, 3) in the rows and columns of `grid`, (R, K) indices; -1 = nothing."""
-    rows = []
-    for line in np.asarray(grid):
-        tiles = [
-            cv2.resize(shown[i], (side, side), interpolation=cv2.INTER_AREA)
-            if i >= 0
-            else np.full((side, side, 3), 255, np.uint8)
-            for i in line
-        ]
-        padded = [np.pad(t, ((2, 2), (2, 2), (0, 0)), constant_values=255) for t in tiles]
-        rows.append(np.hstack(padded))
-    return np.vstack(rows)
-
-
-def distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """(N, D) and (M, D) -> (N, M) Euclidean distances, float64."""
-    one, other = (torch.from_numpy(np.asarray(x, np.float64)) for x in (first, second))
-    return torch.cdist(one, other, compute_mode="donot_use_mm_for_euclid_dist").numpy()
-
-
-def nearest(points: np.ndarray, queries: np.ndarray, count: int) -> np.ndarray:
-    """(Q, count) indices of the nearest of (N, D) points to (Q, D) queries, nearest first."""
-    found: np.ndarray = distances(queries, points).argsort(1)[:, :count]
-    return found
+    white = np.full((4, 4, 3), 255, np.uint8)
+    rows = [strip([shown[i] if i >= 0 else white for i in line], (side, side)) for line in grid]
+    return np.vstack([np.pad(row, ((2, 2), (2, 2), (0, 0)), constant_values=255) for row in rows])
 
 
 def draw_pictures(
@@ -79,19 +58,13 @@ def draw_pictures(
     rng = np.random.default_rng(0)
     queries = rng.choice(len(points), min(8, len(points)), replace=False)
     apart = great_circle(judged.places[queries, None], judged.places[None]) / protocol.metres
-    others = np.where(apart < 2, np.inf, distances(points[queries], points)).argsort(1)[:, :8]
-    pictures = [
-        (
-            "neighbours",
-            "left a tile, then those nearest to it of other places (2 tiles away or more)",
-            neighbour_sheet(shown, np.column_stack([queries, others])),
-        ),
-        (
-            "map",
-            "the map, and its places in the first three principal components (grey: left out)",
-            map_picture(encoder, tile_map, protocol, points),
-        ),
-    ]
+    between = np.linalg.norm(points[queries, None] - points, axis=2)
+    others = np.where(apart < 2, np.inf, between).argsort(1)[:, :8]
+    text = "left a tile, then those nearest to it of other places (2 tiles away or more)"
+    sheet = neighbour_sheet(shown, np.column_stack([queries, others]))
+    pictures = [("neighbours", text, sheet)]
+    text = "the map, and its places in the first three principal components (grey: left out)"
+    pictures.append(("map", text, map_picture(encoder, tile_map, protocol, points)))
     if not isinstance(encoder, TileEncoder) or not encoder.tile:
         return pictures
     walked = neighbour_sheet(shown, walks(points, rng))
@@ -101,7 +74,7 @@ def draw_pictures(
         text = "left a tile; nearest to it less the mean of its class, plus that of another: "
         grid = neighbour_sheet(shown, sums[1])
         pictures.append(("sums", text + ", ".join(sums[0]), grid))
-    text = "what each dimension answers to most (upper half) and least (lower half)"
+    text = "what each dimension answers to most (above) and least (below)"
     pictures.append(("filters", text, filters(encoder, judged.tiles, tile_map)))
     return pictures
 
@@ -138,7 +111,7 @@ def _sums(
         tile = mine[np.linalg.norm(points[mine] - means[a], axis=1).argsort()[len(mine) // 2]]
         result = points[tile] - means[a] + means[b]
         heads.append(f"{names.get(a, a)} to {names.get(b, b)}")
-        grid.append([tile, -1, *nearest(points, result[None], 8)[0]])
+        grid.append([tile, -1, *np.linalg.norm(points - result, axis=1).argsort()[:8]])
     return (heads, np.array(grid)) if grid else None
 
 
@@ -229,14 +202,7 @@ def filters(encoder: TileEncoder, tiles: np.ndarray, tile_map: TileMap) -> np.nd
         loss.backward()
         optimizer.step()
     made = (255 * _pixels(logits, side)).detach().permute(0, 2, 3, 1).round().byte().cpu().numpy()
-    shown = tile_rgb(made, tile_map)
-    grid = np.arange(2 * dimensions).reshape(2, dimensions)
-    half = -(-dimensions // 2)
-    if dimensions <= 8:
-        return neighbour_sheet(shown, grid)
-    parts: Sequence[np.ndarray] = (grid[:, :half], grid[:, half:])
-    padded = [np.pad(p, ((0, 0), (0, half - p.shape[1])), constant_values=-1) for p in parts]
-    return neighbour_sheet(shown, np.vstack(padded))
+    return neighbour_sheet(tile_rgb(made, tile_map), np.arange(2 * dimensions).reshape(2, -1))
 
 
 def _pixels(logits: Tensor, side: int) -> Tensor:

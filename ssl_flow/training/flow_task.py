@@ -76,7 +76,7 @@ class FlowTask:
                 f"loss.objective is {config.loss.objective}, which compares places of a map; for "
                 f"flow take one of {', '.join(OBJECTIVES)}, or give data.store map:PATH"
             )
-        self.config = config
+        self.config, self.term = config, "ridge" if config.loss.ridge_weight else ""
         self.store = None if _synthetic(config) else open_store(config.data.store)
 
     def prepare(self, run: Path) -> str:
@@ -160,10 +160,6 @@ class FlowTask:
             values["target_entropy"] = float(entropy.mean())
             values["effective_neighbours"] = float(entropy.exp().mean())
         return values
-
-    def term(self, value: float) -> dict[str, float]:
-        """The third output of the objective, by its name."""
-        return {"ridge": value} if self.config.loss.ridge_weight else {}
 
     def sheet(self, encoder: Encoder, windows: Windows) -> np.ndarray:
         """See `embedding_sheet`."""

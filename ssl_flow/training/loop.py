@@ -22,7 +22,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
@@ -30,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from ssl_flow.config import Config, save_config
+from ssl_flow.evaluation.pixel_features import frozen
 from ssl_flow.models import Encoder, TileEncoder
 from ssl_flow.models.encoder import Normalization
 from ssl_flow.training.batches import crop_side, make_loader, reading
@@ -204,7 +204,7 @@ def _train(
                     "step": done,
                     "loss": result.loss - weight * result.term,  # as its bounds are
                     **_means(task.measure(objective, batch, result.embedding), world),
-                    **task.term(result.term),
+                    **({task.term: result.term} if task.term else {}),
                     "gradient_norm": result.gradient_norm,
                     "learning_rate": learning_rate(config, step),
                     "skipped_steps": progress.skipped,
@@ -241,7 +241,8 @@ def _train(
                     metrics.write({"step": done, **scores})
                     progress.window = [scores["probe_miou"]]
                     save_checkpoint(run, progress, parts)  # now with its judgement
-                metrics.picture(done, _sheet(task, judged, shown), run / "pictures")
+                with frozen(judged):
+                    metrics.picture(done, task.sheet(judged, shown), run / "pictures")
                 logged_at += time.perf_counter() - paused  # images_per_second is of the steps
             if number and not last:
                 world.from_main(lambda: None)  # torchrun ends all as soon as one process ends
@@ -253,14 +254,6 @@ def _means(values: dict[str, float], world: World) -> dict[str, float]:
     """Over the processes."""
     means = world.mean(torch.tensor(list(values.values()), dtype=torch.float64))
     return dict(zip(values, means.tolist(), strict=True))
-
-
-def _sheet(task: Any, encoder: nn.Module, shown: Any) -> np.ndarray:  # noqa: ANN401
-    was_training = encoder.training
-    encoder.eval()
-    sheet: np.ndarray = task.sheet(encoder, shown)
-    encoder.train(was_training)
-    return sheet
 
 
 def _share(config: Config, world: World) -> int:

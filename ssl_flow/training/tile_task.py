@@ -84,6 +84,8 @@ class TileTask:
     """A map -> an encoder of its tiles, trained on the train blocks of `tile_blocks`."""
 
     collate = staticmethod(default_collate)
+    term = "wrong_triplets"
+    """The third output of the objective."""
 
     def __init__(self, config: Config) -> None:
         """Open the map and draw places; ValueError, FileNotFoundError: it can't be used."""
@@ -170,11 +172,6 @@ class TileTask:
             "embedding_std": embedding_std(rows),
         }
 
-    def term(self, value: float) -> dict[str, float]:
-        """The third output of the objective, by its name."""
-        return {"wrong_triplets": value}
-
-    @torch.no_grad()
     def sheet(self, encoder: TileEncoder, pairs: TilePair) -> np.ndarray:
         """Rows of anchors, their positives and their nearest others of the batch, (H, W, 3)."""
         tiles = pairs.tiles.flatten(0, 1).to(next(encoder.parameters()).device)
