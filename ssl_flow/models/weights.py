@@ -145,7 +145,7 @@ def load_weights(
             f"{source} holds the network twice, under {prefix!r} and {rivals[0]!r}: save the one "
             "that you mean into a file of its own"
         )
-    # timm resamples kernels of another patch size as it does positions: no features that it learned.
+    # timm resamples positions and kernels of another patch size; the latter is another network.
     given = {n: tensors.get(prefix + n, t) for n, t in names.items() if "pos" not in n}
     names = names | {n: t for n, t in given.items() if t.numel() != names[n].numel()}
     outputs = tuple(f"{name}." for name in classifier)
