@@ -30,13 +30,8 @@ def write_card(
 ) -> None:
     """Write `README.md`: how to load it, what it was taught, what it scored, SHA-256 of its files.
 
-    Args:
-        encoder: the exported one.
-        folder: its files.
-        to: the format.
-        run: the training run it comes from, if it comes from one.
-        licence: of the weights, as the Hub names licences.
-        checks: what was compared after loading, a line each.
+    `run` is the training run that it comes from, if any; `licence` is named as on the Hub; `checks`
+    tell what was compared after loading.
     """
     name = encoder.architecture.split(".")[0]
     use = _USE[to].format(architecture=name, outputs=", ".join(outputs(encoder)))

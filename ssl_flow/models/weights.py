@@ -128,18 +128,19 @@ def load_weights(
             two copies of the network, and no way to tell which one is meant.
     """
     wanted = network.state_dict()
-    best: list[tuple[int, str, dict[str, Tensor]]] = []
+    best: list[tuple[tuple[bool, int], str, dict[str, Tensor]]] = []
     for prefix in _prefixes(tensors, len(wanted) // 2):
         inside = {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
         for names in _spellings(inside, network):
             fitting = sum(n in wanted and t.shape == wanted[n].shape for n, t in names.items())
-            if not best or fitting > best[0][0]:
+            # The copy that is judged comes first, even where it is not complete.
+            meant = fitting > len(wanted) // 2 and not _OTHER_COPY.search(prefix)
+            if not best or (meant, fitting) > best[0][0]:
                 best = []
-            if not best or fitting == best[0][0]:
-                best.append((fitting, prefix, names))
-    judged = [one for one in best if not _OTHER_COPY.search(one[1])] or best
-    fitting, prefix, names = judged[0] if judged else (0, "", tensors)
-    rivals = [p for _, p, _ in judged if not (p.startswith(prefix) or prefix.startswith(p))]
+            if not best or (meant, fitting) == best[0][0]:
+                best.append(((meant, fitting), prefix, names))
+    (_, fitting), prefix, names = best[0] if best else ((False, 0), "", tensors)
+    rivals = [p for _, p, _ in best if not (p.startswith(prefix) or prefix.startswith(p))]
     if fitting and rivals:
         raise ValueError(
             f"{source} holds the network twice, under {prefix!r} and {rivals[0]!r}: save the one "

@@ -155,6 +155,11 @@ def test_dinos_training_file_gives_its_teacher(tmp_path):
     encoder = load_encoder(f"timm:test_vit@{tmp_path / 'checkpoint.pth'}")
     assert _same(encoder, teacher, norm=True)
     assert "under 'teacher.backbone.'" in encoder.report
+    content = torch.load(tmp_path / "checkpoint.pth", weights_only=False)
+    del content["teacher"]["backbone.norm.weight"]
+    torch.save(content, tmp_path / "checkpoint.pth")
+    with pytest.raises(ValueError, match=r"(?s)teacher.*missing: norm\.weight"):  # not the student
+        load_encoder(f"timm:test_vit@{tmp_path / 'checkpoint.pth'}")
 
 
 def test_mocos_checkpoint_gives_its_query_encoder(tmp_path):
