@@ -47,12 +47,13 @@ def open_flow_pairs(spec: str) -> FlowPairs:
     folders = sorted(file.parent for file in root.glob("*/flow10.png"))
     if not folders:
         raise FileNotFoundError(f"no pair in {root}. Expected NAME/flow10.png, frame10.png, ...11")
-    for file in (folder / f"frame{i}.png" for folder in folders for i in (10, 11)):
+    files = [f / f"{name}.png" for f in folders for name in ("flow10", "frame10", "frame11")]
+    for file in files:
         if not file.exists():
             raise FileNotFoundError(f"{file} is missing, a frame of {file.parent / 'flow10.png'}")
     names = [folder.name for folder in folders]
     protocol = {"spec": spec, "rule": "every folder with flow10.png", "names": names}
-    return FlowPairs(kind, [], names, lambda i: read_flow_pair(folders[i]), protocol)
+    return FlowPairs(kind, [], names, lambda i: read_flow_pair(folders[i]), protocol, files)
 
 
 def read_flow_pair(folder: Path) -> FlowPair:

@@ -117,6 +117,8 @@ def _read_classes(path: Path) -> tuple[list[str], np.ndarray]:
             raise ValueError(f"{path}: id {value} is there twice")
         if ignored not in ("0", "1"):
             raise ValueError(f"{path}: ignore = {ignored} of id {value}, expected 0 or 1")
+        if ignored == "0" and row["name"] in (*classes, None, ""):
+            raise ValueError(f"{path}: id {value} needs a name of its own, found {row['name']!r}")
         values[value] = IGNORE if ignored == "1" else len(classes)
         classes += [] if ignored == "1" else [row["name"]]
     if not classes:

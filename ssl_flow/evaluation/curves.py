@@ -167,7 +167,10 @@ def draw_curves(runs: Sequence[RunLog]) -> bytes | None:
         return None
     columns = min(3, math.ceil(math.sqrt(len(panels))))
     rows = math.ceil(len(panels) / columns)
-    heads = [f"{run.name}: {run.summary}" for run in runs]
+    names = [run.name for run in runs]
+    heads = [
+        f"{run.name if names.count(run.name) == 1 else run.folder}: {run.summary}" for run in runs
+    ]
     figure = Figure((4.6 * columns, 2.7 * rows + 0.3 * len(runs) + 0.2), 150, layout="constrained")
     for panel, axes in zip(
         panels, figure.subplots(rows, columns, squeeze=False).flat, strict=False

@@ -15,11 +15,13 @@ import hashlib
 import inspect
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -50,7 +52,8 @@ def cache_features(
     process loses one batch of `batch_images`. Returns a file an image, for `read_features`.
 
     Raises:
-        ValueError: unknown features, or an image whose features are not finite or beyond float16.
+        ValueError: unknown features, an image whose features are not finite or beyond float16, or
+            no room on the disk for what is missing, if all images are like the first.
     """
     check_features(encoder, features)
     about = [_VERSION, encoder_digest(encoder), data_digest(dataset), features]
@@ -62,14 +65,29 @@ def cache_features(
     items = (dataset[index] for index in bar(missing, "features"))
     with frozen(encoder), torch.inference_mode():
         for item, levels, _ in image_levels(encoder, items, features, batch_images):
-            maps = {str(k): _float16(x[0], item.name) for k, x in enumerate(levels)}
-            write_atomically(files[next(left)], save(maps))
+            data = save({str(k): _float16(x[0], item.name) for k, x in enumerate(levels)})
+            index = next(left)
+            if index == missing[0]:
+                need, free = (len(data) * len(missing), shutil.disk_usage(place).free)
+                if need > free:
+                    raise ValueError(
+                        f"the features of {len(missing)} more images need about "
+                        f"{need / 2**30:.1f} GiB, and {place} has {free / 2**30:.1f} GiB left: "
+                        "use another folder, or features of one level"
+                    )
+            write_atomically(files[index], data)
     return files
 
 
 def read_features(file: Path) -> list[Tensor]:
-    """Float16 maps (C_i, h_i, w_i) of an image, views of mapped (h_i, w_i, C_i)."""
-    maps = load_file(file)
+    """Float16 maps (C_i, h_i, w_i) of an image, views of mapped (h_i, w_i, C_i).
+
+    ValueError with the file's name where it cannot be read.
+    """
+    try:
+        maps = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read ({error}); delete it, and it is redone") from error
     return [maps[str(k)].permute(2, 0, 1) for k in range(len(maps))]
 
 

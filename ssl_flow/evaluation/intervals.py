@@ -100,7 +100,8 @@ def interval_of_outcomes(
     counts = [o.counts for o in outcomes if o.counts is not None]
     if score != "miou" or len(counts) != len(outcomes):
         raise ValueError(f"no values per image of {score!r}")
-    return interval_of_miou(np.stack(counts), groups=groups)
+    runs = [c.reshape(len(c), -1, *c.shape[-2:]).swapaxes(0, 1) for c in counts]  # (R, N, 3, K)
+    return interval_of_miou(np.concatenate(runs), groups=groups)
 
 
 def _interval(
@@ -112,8 +113,11 @@ def _interval(
 ) -> Interval:
     """The score of what is summed over the N images of (S, N, ...), averaged over S."""
     if groups is not None:
-        members = (np.unique(groups)[:, None] == np.asarray(groups)).astype(np.float64)  # (G, N)
-        table = np.stack([np.tensordot(members, s, 1) for s in table])
+        names, members = np.unique(groups, return_inverse=True)
+        sums = np.zeros((len(table), len(names), *table.shape[2:]))
+        for into, values in zip(sums, table, strict=True):
+            np.add.at(into, members, values)
+        table = sums
     units, width = table.shape[1], table[0, 0].size
     draws = [  # one of images without any counted pixel is nan, left out of the interval
         np.mean([score(np.tensordot(w, s, 1)) for s in table], axis=0)

@@ -67,7 +67,8 @@ class Outcome:
     """Name -> value, the headline first, as a fraction or, where the name says so, in pixels."""
     counts: np.ndarray | None = None
     """(N, 3, K) of each test image: pixels of each class that are right, of the truth, of the
-    prediction, for intervals of mIoU. Whole confusion matrices are gigabytes at K = 150."""
+    prediction, for intervals of mIoU; (N, R, 3, K) where mIoU is the mean over R runs. Whole
+    confusion matrices are gigabytes at K = 150."""
     values: dict[str, np.ndarray] = field(default_factory=dict)
     """Score -> (N,) its value for each test image, where the score is their mean: intervals."""
     items: list[str] = field(default_factory=list)

@@ -128,7 +128,9 @@ def open_data(kind: str, spec: str) -> Data:
     else:
         pairs, unit = open_flow_pairs(spec), "pairs"
         load = partial(_unlabelled, pairs)
-        seen = shown = SegmentationSet(pairs.name, [], pairs.names, load, pairs.protocol)
+        seen = shown = SegmentationSet(
+            pairs.name, [], pairs.names, load, pairs.protocol, pairs.files
+        )
         sets, about = (pairs,), {"test": pairs.protocol}
     # Reads some images, which also says what is wrong with them before any work.
     parts = [kind, shown.classes, *(data_digest(part, masks=True) for part in (seen, shown))]

@@ -61,7 +61,8 @@ def hardest(
     score, columns = table["headline"], {}
     for label, outcome in outcomes.items():
         if outcome.counts is not None:
-            columns[label] = miou_of(outcome.counts)
+            found = miou_of(outcome.counts)  # (N,), or (N, R)
+            columns[label] = found.reshape(len(found), -1).mean(1)
         elif score in outcome.values:
             columns[label] = outcome.values[score]
     if not columns:

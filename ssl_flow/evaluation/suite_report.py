@@ -100,7 +100,9 @@ def _page(cells: Sequence[Cell], options: Options, results: dict[str, Any]) -> s
             "hardest": hardest(table, data, outcomes),
         })  # fmt: skip
     encoders = [(c.label, c.spec, str(c.seed), c.about["encoder"][:16]) for c in cells]
-    sets = {data.spec: data for data, _ in groups}
+    sets: dict[str, Data] = {}
+    for data, _ in groups:  # what is opened as two kinds is shown as the first
+        sets.setdefault(data.spec, data)
     opened = [(d.name, d.kind, d.spec, d.digest[:16]) for d, _ in groups]
     return Environment(autoescape=True, trim_blocks=True).from_string(PAGE).render(
         title=f"Transfer of {len(labels)} frozen encoder{'s' * (len(labels) > 1)}",

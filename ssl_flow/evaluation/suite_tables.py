@@ -81,7 +81,7 @@ def _interval(outcomes: Sequence[Outcome], score: str, groups: Sequence[str]) ->
         found = interval_of_outcomes(outcomes, score, groups=groups)
     except ValueError:  # no values of single images: the seeds alone tell
         found = Interval(math.nan, math.nan, math.nan, seeds)
-    # A protocol's own mean (of several k-means runs) counts, where counts are of one of them.
+    # One number a run of the suite, where counts are of several k-means runs in each.
     return replace(found, value=float(np.mean(seeds)), seeds=seeds)
 
 
@@ -116,7 +116,7 @@ def as_markdown(found: Sequence[dict[str, Any]]) -> str:
         heads, rows = cells_of(table, "**{}**".format)
         lines += [f"### {table['data']}: {table['protocol']['name']}", ""]
         lines += ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
-        lines += ["| " + " | ".join(x.replace("|", "\\|") for x in row) + " |" for row in rows]
+        lines += ["| " + " | ".join(_in_a_line(x) for x in row) + " |" for row in rows]
         lines += ["", verdict(table), "", f"Protocol: {settings_text(table)}. {split_text(table)}"]
         lines.append("")
     return "\n".join([*lines, NOTE])
@@ -165,6 +165,10 @@ def settings_text(table: dict[str, Any]) -> str:
     """The protocol's name, version and settings in a line."""
     protocol = dict(table["protocol"])
     name, version = protocol.pop("name"), protocol.pop("version")
+    if protocol.get("features", "") is None:  # chosen for each encoder
+        runs = {row["encoder"]: row["runs"][0]["details"] for row in table["rows"]}
+        chosen = [f"{about['features']} of {label}" for label, about in runs.items() if about]
+        protocol["features"] = "; ".join(chosen) or "by the encoder"
     return f"{name} version {version}; " + ", ".join(f"{k} {v}" for k, v in protocol.items())
 
 
@@ -182,3 +186,8 @@ def split_text(table: dict[str, Any]) -> str:
 def short(value: float | None) -> str:
     """A number for a cell of a table."""
     return "-" if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def _in_a_line(cell: str) -> str:
+    """For a Markdown table: an error may have several lines."""
+    return " ".join(cell.split()).replace("|", "\\|")

@@ -21,7 +21,7 @@ from . import pool
 from .codec import CODECS
 from .estimators import MIN_SIZE, Option, method_options, optical_flows
 from .job import Settings, extract_source
-from .shard import VERSION, StoreError, finished, shard_path, store_lock, write_atomically
+from .shard import VERSION, StoreError, finished, own_turn, shard_path, store_lock, write_atomically
 from .sources import Problem, Source, fingerprint, part_of
 from .store import (
     SETTINGS_FILE,
@@ -234,8 +234,9 @@ def check_settings(settings: Settings, device: str) -> Settings:
 def _open_store(store: Path, settings: Settings) -> None:
     """Make the store, or check that the one that is there was made with the same settings."""
     wanted: dict[str, Any] = {"version": VERSION, **asdict(settings)}
-    if not is_store(store):
-        write_atomically(store / SETTINGS_FILE, json.dumps(wanted, indent=2).encode())
+    with own_turn(store):
+        if not is_store(store):
+            write_atomically(store / SETTINGS_FILE, json.dumps(wanted, indent=2).encode())
     found = read_settings(store)
     if key := differing(wanted, found):
         raise StoreError(

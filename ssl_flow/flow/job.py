@@ -163,8 +163,8 @@ def _samples(
 
     every = gap if settings.every is None else settings.every
     # Here, too: what was read before damage must get through the groups.
-    pairs = pair_frames(_survive(frames(), problems), gap, every, skipped)
-    for group in _groups(_moving(pairs, skipped), 1 if device == "cpu" else _GROUP):
+    pairs = _survive(_moving(pair_frames(frames(), gap, every, skipped), skipped), problems)
+    for group in _groups(pairs, 1 if device == "cpu" else _GROUP):
         first, second = (np.stack([pair[i].grey for pair in group]) for i in (0, 1))
         flows = optical_flows(first, second, method, device, **options)
         kept = []
@@ -212,12 +212,16 @@ def _watched(source: Source, short_side: int, tick: Tick) -> Iterator[Frame]:
     for number, frame in enumerate(with_signs(source, tick)(short_side)):
         tick(frame.share)
         if number == 0:  # of the others only those in a pair: most are never made, see Frame
-            height, width = frame.image.shape[:2]
-            if min(height, width) < MIN_SIZE:
-                raise VideoError(
-                    f"frames of {width} x {height} pixels: flow needs at least {MIN_SIZE} a side"
-                )
+            _check_large(frame)
         yield frame
+
+
+def _check_large(frame: Frame) -> None:
+    height, width = frame.image.shape[:2]
+    if min(height, width) < MIN_SIZE:
+        raise VideoError(
+            f"frames of {width} x {height} pixels: flow needs at least {MIN_SIZE} a side"
+        )
 
 
 def with_signs(source: Source, tick: Tick) -> Callable[[int | None], Iterator[Frame]]:
@@ -232,6 +236,7 @@ class _Picture:
     """What is made of a frame to compare it: once, though it mostly ends a pair and begins one."""
 
     def __init__(self, frame: Frame) -> None:
+        _check_large(frame)  # it may have become smaller
         self.frame = frame
         self.grey = grey(frame.image)
         self.still = still_thumbnail(self.grey)

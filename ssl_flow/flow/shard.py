@@ -27,7 +27,7 @@ except ImportError:  # Windows, which lets nobody rename or remove a file that i
 VERSION = 2
 MEND = "delete this file and run the same `ssl-flow flow` command again"
 INDEX_SUFFIX = ".index.json"
-LOCK_FILE = ".lock"
+LOCK_FILE, TURN_FILE = ".lock", ".turn.tmp"
 _BLOCK = 512  # a tar is made of blocks of this many bytes
 # Bytes of a file name: most systems allow 255; ours get up to 25 more (".", ".index.json", ".tmp").
 _LONGEST_NAME = 200
@@ -142,7 +142,7 @@ def store_lock(store: Path, shared: bool = False) -> Iterator[None]:
         for path in store.rglob(".*.tmp") if alone else ():
             path.unlink(missing_ok=True)
 
-    with (store / LOCK_FILE).open("a") as file:
+    with (store / LOCK_FILE).open("a+") as file:  # NFS locks for reading what can be read
         try:
             if fcntl is not None:
                 fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -158,6 +158,19 @@ def store_lock(store: Path, shared: bool = False) -> Iterator[None]:
             yield
         finally:
             remove_leftovers()  # of workers that were ended in their work
+
+
+@contextmanager
+def own_turn(store: Path) -> Iterator[None]:
+    """Let calls that share a store into the block one after the other.
+
+    Only within `store_lock`: of those that do not share, the next one removes the file.
+    """
+    with (store / TURN_FILE).open("a") as file:
+        if fcntl is not None:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def open_temporary(path: Path) -> IO[bytes]:

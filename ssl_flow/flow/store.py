@@ -251,12 +251,13 @@ def _image(data: bytes, kind: int, what: str) -> NDArray[Any]:
 
 def update_problems(store: Path, found: Mapping[str, str | None]) -> None:
     """Write what was `found` over what problems.jsonl says: one line a source, None removes it."""
-    rows = sorted({**read_problems(store), **found}.items())
-    lines = [json.dumps({"source": s, "reason": reason}) + "\n" for s, reason in rows if reason]
-    if lines:
-        shard.write_atomically(store / PROBLEMS_FILE, "".join(lines).encode())
-    else:
-        (store / PROBLEMS_FILE).unlink(missing_ok=True)
+    with shard.own_turn(store):
+        rows = sorted({**read_problems(store), **found}.items())
+        lines = [json.dumps({"source": s, "reason": why}) + "\n" for s, why in rows if why]
+        if lines:
+            shard.write_atomically(store / PROBLEMS_FILE, "".join(lines).encode())
+        else:
+            (store / PROBLEMS_FILE).unlink(missing_ok=True)
 
 
 def read_problems(store: Path) -> dict[str, str]:
@@ -275,7 +276,7 @@ def is_store(path: Path) -> bool:
     if (path / SETTINGS_FILE).exists():
         return True
     # A call that was killed at its first step has left what looks so; another one may begin.
-    ours = re.compile(rf"\.lock|{SETTINGS_FILE}|\.{SETTINGS_FILE}\..*tmp")
+    ours = re.compile(rf"\.lock|\.turn\.tmp|{SETTINGS_FILE}|\.{SETTINGS_FILE}\..*tmp")
     if path.exists() and not (
         path.is_dir() and all(ours.fullmatch(f.name) for f in path.iterdir())
     ):

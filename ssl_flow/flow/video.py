@@ -179,7 +179,7 @@ def _read_video(path: Path, short_side: int | None, alive: Callable[[], object])
         last = hold = 0.0  # seconds; `hold`: the longest that a frame is shown
         left_out = 0
         reformatter = VideoReformatter()  # one: it keeps its tables
-        for raw in _decode(container, stream, damage, alive):
+        for raw, read in _decode(container, stream, damage, alive):
             if raw is None:
                 left_out += 1
                 continue
@@ -192,8 +192,9 @@ def _read_video(path: Path, short_side: int | None, alive: Callable[[], object])
                 hold, last = max(hold, time - last), time
             shown = getattr(raw, "duration", 0) * (stream.time_base or 0)  # PyAV 14.4
             hold = max(hold, float(shown))
-            share = min((last - first) / seconds, 1.0) if seconds else 0.0
-            yield Frame(last, partial(_to_rgb, raw, short_side, aspect, reformatter), share)
+            share = (last - first) / seconds if seconds else read
+            image = partial(_to_rgb, raw, short_side, aspect, reformatter)
+            yield Frame(last, image, min(share, 1.0))
         promised = promised_seconds(container, stream)
         if promised and first is not None:
             # To FFmpeg a Matroska file cut off anywhere, and an MP4 between two packets, is whole.
@@ -210,12 +211,15 @@ def _read_video(path: Path, short_side: int | None, alive: Callable[[], object])
 
 def _decode(
     container: InputContainer, stream: VideoStream, damage: list[str], alive: Callable[[], object]
-) -> Iterator[VideoFrame | None]:
-    """Yield all frames that can be decoded, None for one that is damaged; note that in `damage`."""
+) -> Iterator[tuple[VideoFrame | None, float]]:
+    """Yield all frames that can be decoded, None for one that is damaged; note that in `damage`.
+
+    With each comes the share of the file's bytes that lies before its packet.
+    """
     from av import FFmpegError
     from av.error import EOFError as EndOfFile
 
-    bad, reason, lost = 0, "", False
+    bad, reason, lost, read = 0, "", False, 0.0
     packets = container.demux(stream)
     while True:
         alive()
@@ -224,12 +228,14 @@ def _decode(
         except FFmpegError as error:  # a file cut off: FFmpeg can't find more packets
             damage.append(f"file ends early: {_why(error)}")
             packet = None
+        if packet is not None and packet.pos is not None:
+            read = packet.pos / max(container.size, 1)
         try:
             # Packet None asks the decoder for the frames that it still holds.
             for frame in stream.decode(packet):
                 # What is predicted from a picture that is missing is smeared, flagged or not.
                 lost = frame.is_corrupt or (lost and not frame.key_frame)
-                yield None if lost else frame
+                yield None if lost else frame, read
         except EndOfFile:  # demux has already sent the empty last packet
             pass
         except FFmpegError as error:

@@ -178,7 +178,7 @@ class CrossPixelFlowLoss(torch.nn.Module):
                 f"target_entropy needs objective='cross_entropy', found {self.objective!r}"
             )
         with torch.autocast(flow.device.type, enabled=False):
-            e, f, w, poison = pixels(torch.ones_like(flow[:, :1]), flow, weight)
+            e, f, w, poison = pixels(_constant(flow), flow, weight)
             entropy: Tensor = self._backend(e).target_entropy(f, w, self.options)
             return entropy * poison
 
@@ -188,7 +188,13 @@ class CrossPixelFlowLoss(torch.nn.Module):
 
         Shapes, NaN and errors as for :meth:`per_image`. No gradient.
         """
-        return self.per_image(torch.ones_like(flow[:, :1]), flow, weight)
+        return self.per_image(_constant(flow), flow, weight)
+
+    def extra_repr(self) -> str:
+        """The options, for ``print``."""
+        names = ("objective", "embedding_scale", "learn_scale", "backend")
+        options = {name: getattr(self, name) for name in names} | self.options._asdict()
+        return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
     def _backend(self, rows: Tensor) -> ModuleType:
         """The module that computes for ``rows`` (B, N, channels)."""
@@ -222,13 +228,13 @@ def pixels(embedding: Tensor, flow: Tensor, weight: Tensor | None) -> Pixels:
 
     Raises TypeError or ValueError, see :meth:`CrossPixelFlowLoss.per_image`; looks at no values.
     """
-    if weight is None:
-        weight = torch.ones_like(flow[:, 0])
     for name, tensor, dims in (
         ("flow", flow, 4),
         ("embedding", embedding, 4),
         ("weight", weight, 3),
     ):
+        if tensor is None:
+            continue
         shape = tuple(tensor.shape)
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be floating point, found {tensor.dtype}")
@@ -249,7 +255,7 @@ def pixels(embedding: Tensor, flow: Tensor, weight: Tensor | None) -> Pixels:
         if name != "embedding" and tensor.requires_grad:
             raise ValueError(f"{name} gets no gradient here, found requires_grad: detach it")
     dtype = torch.float64 if embedding.dtype == torch.float64 else torch.float32
-    w = weight.flatten(1).to(dtype)
+    w = (torch.ones_like(flow[:, 0]) if weight is None else weight).flatten(1).to(dtype)
     used = w[..., None] != 0
     e, f = (torch.where(used, image.flatten(2).mT.to(dtype), 0) for image in (embedding, flow))
     # The squared length is what normalising needs to be finite.
@@ -257,3 +263,8 @@ def pixels(embedding: Tensor, flow: Tensor, weight: Tensor | None) -> Pixels:
     good = good & f.isfinite().flatten(1).all(-1)
     poison = torch.where(good, 1.0, torch.nan).to(dtype)
     return Pixels(F.normalize(e, dim=-1, eps=1e-6), f, w, poison)
+
+
+def _constant(flow: Tensor) -> Tensor:
+    """An embedding (B, 1, H, W) that is the same everywhere; `pixels` refuses what is no flow."""
+    return torch.ones_like(flow[:, :1] if flow.dim() > 1 else flow)

@@ -96,6 +96,10 @@ class RidgeFlowLoss(torch.nn.Module):
             forth, back = self._errors(one, other), self._errors(other, one)
             return _ratio(*(a + b for a, b in zip(forth, back, strict=True))) * here.poison
 
+    def extra_repr(self) -> str:
+        """The option, for ``print``."""
+        return f"ridge={self.ridge}"
+
     def _errors(self, fit: Pixels, score: Pixels) -> tuple[Tensor, Tensor, Tensor]:
         """Summed errors of the linear and of the constant prediction, and their weight, (B,)."""
         slope, intercept, mean_flow = fit_ridge(*fit[:3], self.ridge)

@@ -10,6 +10,7 @@ import yaml
 
 from ssl_flow import __version__
 from ssl_flow.models.encoder import Encoder
+from ssl_flow.models.export_graph import outputs
 
 _USE = {
     "timm": 'timm.create_model("local-dir:FOLDER", pretrained=True, features_only=True)',
@@ -29,25 +30,21 @@ def write_card(
 ) -> None:
     """Write `README.md`: how to load it, what it was taught, what it scored, SHA-256 of its files.
 
-    Args:
-        encoder: the exported one.
-        folder: its files.
-        to: the format.
-        run: the training run it comes from, if it comes from one.
-        licence: of the weights, as the Hub names licences.
-        checks: what was compared after loading, a line each.
+    `run` is the training run that it comes from, if any; `licence` is named as on the Hub; `checks`
+    tell what was compared after loading.
     """
-    outputs = ", ".join(f"stage{i + 1}" for i in range(len(encoder.strides)))
-    outputs += ", embedding" if encoder.head is not None else ""
     name = encoder.architecture.split(".")[0]
-    use = _USE[to].format(architecture=name, outputs=outputs)
+    use = _USE[to].format(architecture=name, outputs=", ".join(outputs(encoder)))
+    if encoder._norm and to in ("timm", "hub"):
+        use += "   # the last blocks, before the final norm"
     if type(encoder.backbone).__module__.startswith("ssl_flow"):
         use = f"import ssl_flow.models   # tells timm of {name}\n{use}"
     images = encoder.normalization
+    what = "four blocks after the final norm" if encoder._norm else "the same features"
     sections = [
         f"---\nlibrary_name: timm\nlicense: {licence}\ntags: [image-feature-extraction]\n---",
         f"# {encoder.architecture}, an image encoder",
-        f"```python\n{use}\nssl_flow.load_encoder('FOLDER')   # the same features\n```",
+        f"```python\n{use}\nssl_flow.load_encoder('FOLDER')   # {what}\n```",
         "## Images and features",
         f"RGB in 0..1, minus {_numbers(images.mean)}, divided by {_numbers(images.std)}; trained "
         f"at {encoder.input_size[0]} x {encoder.input_size[1]} pixels. Any size: ssl_flow and the "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from pathlib import Path
@@ -19,25 +18,23 @@ class Graph(nn.Module):
     """Features and embedding of images of any size, padded and cropped inside."""
 
     def __init__(self, encoder: Encoder) -> None:
-        """`outputs` names what it gives: stage1, ..., and embedding where there is a head."""
+        """What it gives is named by `outputs`."""
         super().__init__()
         self.encoder = encoder
-        self.outputs = [f"stage{i + 1}" for i in range(len(encoder.strides))]
-        self.outputs += ["embedding"] if encoder.head is not None else []
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, H, W) normalised -> `features` of the encoder, then `embed`."""
         encoder, (height, width) = self.encoder, images.shape[2:]
         cell = math.lcm(*encoder.strides)
         maps = encoder._maps(_cut(images, _ceil(height, cell) * cell, _ceil(width, cell) * cell))
-        outputs = [
+        given = [
             _cut(level, _ceil(height, stride), _ceil(width, stride))
             for level, stride in zip(maps, encoder.strides, strict=True)
         ]
         if encoder.head is not None:
             grid = _ceil(height, EMBEDDING_STRIDE), _ceil(width, EMBEDDING_STRIDE)
-            outputs.append(F.normalize(_cut(encoder.head(maps), *grid).float(), dim=1))
-        return tuple(outputs)
+            given.append(F.normalize(_cut(encoder.head(maps), *grid).float(), dim=1))
+        return tuple(given)
 
 
 def _cut(maps: Tensor, rows: int, columns: int) -> Tensor:
@@ -74,13 +71,15 @@ def export_program(encoder: Encoder) -> ExportedProgram:
         ) from error
 
 
-def save_program(encoder: Encoder, path: Path) -> None:
-    """Write `torch.export.load`'s format; the normalization and the like lie in it as JSON."""
-    torch.export.save(export_program(encoder), path, extra_files={"ssl_flow.json": about(encoder)})
+def save_program(encoder: Encoder, path: Path, about: str) -> None:
+    """Write `torch.export.load`'s format; `about`, what config.json says, lies in it, too."""
+    torch.export.save(export_program(encoder), path, extra_files={"config.json": about})
 
 
-def save_onnx(encoder: Encoder, path: Path) -> None:
+def save_onnx(encoder: Encoder, path: Path, about: str) -> None:
     """Write ONNX: input `images`, outputs stage1, ..., embedding; batch, height and width are free.
+
+    `about`, what config.json says, becomes its metadata `ssl_flow`.
 
     Raises:
         ImportError: the extra is not installed.
@@ -96,27 +95,15 @@ def save_onnx(encoder: Encoder, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's about its own insides
         exported = torch.onnx.export(
-            program,
-            input_names=["images"],
-            output_names=Graph(encoder).outputs,
-            dynamo=True,
-            verbose=False,
+            program, input_names=["images"], output_names=outputs(encoder), verbose=False
         )
     assert exported is not None
     model = exported.model_proto
-    model.metadata_props.add(key="ssl_flow", value=about(encoder))
+    model.metadata_props.add(key="ssl_flow", value=about)
     onnx.save(model, path)
 
 
-def about(encoder: Encoder) -> str:
-    """What a graph does not say of itself, as JSON."""
-    return json.dumps(
-        {
-            "architecture": encoder.architecture,
-            "mean": encoder.normalization.mean,
-            "std": encoder.normalization.std,
-            "input_size": encoder.input_size,
-            "channels": encoder.channels,
-            "strides": encoder.strides,
-        }
-    )
+def outputs(encoder: Encoder) -> list[str]:
+    """Names of what the graph gives."""
+    stages = [f"stage{i + 1}" for i in range(len(encoder.strides))]
+    return stages + (["embedding"] if encoder.head is not None else [])

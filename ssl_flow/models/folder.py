@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -32,17 +32,8 @@ def save_encoder(encoder: Encoder, folder: str | Path) -> Path:
     return write_folder(encoder, folder, head, {"ssl_flow": own})
 
 
-class Saved(Protocol):
-    """What is said of a backbone in `config.json`."""
-
-    backbone: Any
-    architecture: str
-    model_args: dict[str, Any]
-    normalization: Normalization
-
-
 def write_folder(
-    encoder: Saved,
+    encoder: Any,  # noqa: ANN401 (an Encoder or a TileEncoder)
     folder: str | Path,
     head: nn.Module | None = None,
     own: dict[str, Any] | None = None,
@@ -172,9 +163,13 @@ def read_folder(path: Path) -> tuple[Path, Path, dict[str, Any]]:
                 "timm:NAME@FILE (anyone's checkpoint), torchvision:NAME, hf-hub:USER/NAME, "
                 "random:NAME, python:MODULE:FUNCTION or handmade."
             )
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if "architecture" not in config:
-        raise ValueError(f"{folder / 'config.json'} names no 'architecture' (a timm model)")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config["architecture"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder / 'config.json'} names no 'architecture' (a timm model): {error!r}"
+        ) from error
     return folder, weights, config
 
 

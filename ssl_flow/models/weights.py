@@ -23,32 +23,41 @@ _OTHER_COPY = re.compile("student|momentum|encoder_k")
 
 @dataclass(frozen=True)
 class Match:
-    """Which tensors of a file a network takes; `str()` is the report."""
+    """Which tensors of a source a network takes; `str()` is the report."""
 
     source: str
-    prefix: str
-    """In front of the names in the file."""
     matched: dict[str, Tensor]
     missing: list[str]
     unexpected: list[str]
-    """Beside the matched ones in the file, without a place in the network."""
     wrong: list[str]
     """With another shape, as text."""
-    classifier: int
-    """Tensors of a classifier, which an encoder leaves out."""
-    elsewhere: int
-    """Tensors without the prefix: heads, a second copy of the network, an optimiser."""
+    aside: str = ""
+    """Where the tensors lay and what was left there."""
 
     def __str__(self) -> str:
         """Counts, and the first names of what does not fit."""
-        found = f" under {self.prefix!r}" if self.prefix else ""
-        aside = f"{self.classifier} of a classifier, {self.elsewhere} elsewhere in the file"
-        lines = [f"{self.source}: {len(self.matched)} tensors taken{found}, left aside: {aside}"]
+        lines = [f"{self.source}: {len(self.matched)} tensors taken{self.aside}"]
         for title in ("missing", "unexpected", "wrong"):
             names = getattr(self, title)
             more = f", ... ({len(names)})" if len(names) > 4 else ""
             lines += [f"  {title}: {', '.join(names[:4])}{more}"] if names else []
         return "\n".join(lines)
+
+
+def compare(tensors: dict[str, Tensor], network: nn.Module, source: str, aside: str = "") -> Match:
+    """Which of the tensors, by the network's own names, it can take."""
+    wanted = network.state_dict()
+    known = {n: t for n, t in tensors.items() if n in wanted}
+    fits = {n: t for n, t in known.items() if t.shape == wanted[n].shape}
+    return Match(
+        source,
+        fits,
+        [n for n in wanted if n not in tensors and not n.endswith("num_batches_tracked")],
+        [n for n in tensors if n not in wanted],
+        [f"{n} is {tuple(t.shape)}, expected {tuple(wanted[n].shape)}" for n, t in known.items()
+         if n not in fits],
+        aside,
+    )  # fmt: skip
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -119,37 +128,37 @@ def load_weights(
             two copies of the network, and no way to tell which one is meant.
     """
     wanted = network.state_dict()
-    best: list[tuple[int, str, dict[str, Tensor]]] = []
+    best: list[tuple[tuple[bool, int], str, dict[str, Tensor]]] = []
     for prefix in _prefixes(tensors, len(wanted) // 2):
         inside = {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
         for names in _spellings(inside, network):
             fitting = sum(n in wanted and t.shape == wanted[n].shape for n, t in names.items())
-            if not best or fitting > best[0][0]:
+            # The copy that is judged comes first, even where it is not complete.
+            meant = fitting > len(wanted) // 2 and not _OTHER_COPY.search(prefix)
+            if not best or (meant, fitting) > best[0][0]:
                 best = []
-            if not best or fitting == best[0][0]:
-                best.append((fitting, prefix, names))
-    judged = [one for one in best if not _OTHER_COPY.search(one[1])] or best
-    fitting, prefix, names = judged[0] if judged else (0, "", tensors)
-    rivals = [p for _, p, _ in judged if not (p.startswith(prefix) or prefix.startswith(p))]
+            if not best or (meant, fitting) == best[0][0]:
+                best.append(((meant, fitting), prefix, names))
+    (_, fitting), prefix, names = best[0] if best else ((False, 0), "", tensors)
+    rivals = [p for _, p, _ in best if not (p.startswith(prefix) or prefix.startswith(p))]
     if fitting and rivals:
         raise ValueError(
             f"{source} holds the network twice, under {prefix!r} and {rivals[0]!r}: save the one "
             "that you mean into a file of its own"
         )
-    beside = {n: t for n, t in names.items() if n not in wanted}
+    # timm resamples positions and kernels of another patch size; the latter is another network.
+    given = {n: tensors.get(prefix + n, t) for n, t in names.items() if "pos" not in n}
+    names = names | {n: t for n, t in given.items() if t.numel() != names[n].numel()}
     outputs = tuple(f"{name}." for name in classifier)
-    taken = {n: t for n, t in names.items() if n in wanted}
-    match = Match(
+    left = [n for n in names if n.startswith(outputs) and n not in wanted]
+    elsewhere = sum(not n.startswith(prefix) for n in tensors)
+    match = compare(
+        {n: t for n, t in names.items() if n not in left},
+        network,
         source,
-        prefix,
-        {n: t for n, t in taken.items() if t.shape == wanted[n].shape},
-        [n for n in wanted if n not in names and not n.endswith("num_batches_tracked")],
-        [n for n in beside if not n.startswith(outputs)],
-        [f"{n} is {tuple(t.shape)}, expected {tuple(wanted[n].shape)}" for n, t in taken.items()
-         if t.shape != wanted[n].shape],
-        sum(n.startswith(outputs) for n in beside),
-        sum(not n.startswith(prefix) for n in tensors),
-    )  # fmt: skip
+        (f" under {prefix!r}" if prefix else "") + f", left aside: {len(left)} of a classifier, "
+        f"{elsewhere} elsewhere in the file",
+    )
     if not match.matched or match.wrong or (strict and (match.missing or match.unexpected)):
         mend = "" if match.wrong or not match.matched else " (strict=False takes what fits)"
         raise ValueError(f"{source} does not fit {type(network).__name__}{mend}\n{match}")

@@ -239,10 +239,11 @@ def load_python(spec: str, seed: int = 0) -> Encoder:
     return WrappedEncoder(network, f"python:{spec}")
 
 
-class _OnnxNetwork(nn.Module):
-    """The maps of an ONNX graph, computed by onnxruntime on the CPU."""
+class OnnxNetwork(nn.Module):
+    """An ONNX graph, computed by onnxruntime on the CPU."""
 
     def __init__(self, path: Path) -> None:
+        """Raises ImportError: no onnxruntime here; ValueError: no ONNX file."""
         super().__init__()
         try:
             import onnxruntime
@@ -252,14 +253,21 @@ class _OnnxNetwork(nn.Module):
         # Two graphs differ in nothing else that a cache of features could tell them by.
         digest = torch.frombuffer(bytearray(hashlib.sha256(content).digest()), dtype=torch.uint8)
         self.register_buffer("digest", digest)
-        self.session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-        self.about = json.loads(self.session.get_modelmeta().custom_metadata_map["ssl_flow"])
-        self.maps = [o.name for o in self.session.get_outputs() if o.name != "embedding"]
+        try:
+            providers = ["CPUExecutionProvider"]
+            self.session = onnxruntime.InferenceSession(content, providers=providers)
+        except Exception as error:
+            raise ValueError(f"{path} is no readable ONNX model: {error}") from error
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> all outputs."""
+        given = self.session.run(None, {"images": images.cpu().numpy()})
+        return [torch.from_numpy(array).to(images.device) for array in given]
+
+    def features(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> list of (B, C_i, H/s_i, W/s_i)."""
-        maps = self.session.run(self.maps, {"images": images.cpu().numpy()})
-        return [torch.from_numpy(level).to(images.device) for level in maps]
+        names = [output.name for output in self.session.get_outputs()]
+        return [x for name, x in zip(names, self(images), strict=True) if name != "embedding"]
 
 
 def load_onnx(path: Path) -> WrappedEncoder:
@@ -267,20 +275,20 @@ def load_onnx(path: Path) -> WrappedEncoder:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another graph, which says neither its normalization nor its strides.
+        ValueError: no ONNX file, or another graph, which does not say its normalization.
         ImportError: no onnxruntime here.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no encoder at {str(path)!r}: no such file")
-    try:
-        network = _OnnxNetwork(path)
-    except KeyError as error:
+    network = OnnxNetwork(path)
+    about = network.session.get_modelmeta().custom_metadata_map.get("ssl_flow")
+    if about is None:
         raise ValueError(
             f"{path} was not written by `ssl-flow export`; for another graph write a function: "
             "python:MODULE:FUNCTION"
-        ) from error
-    about = network.about
-    normalization = Normalization(tuple(about["mean"]), tuple(about["std"]))
+        )
+    pixels = json.loads(about)["pretrained_cfg"]
+    normalization = Normalization(tuple(pixels["mean"]), tuple(pixels["std"]))
     encoder = WrappedEncoder(network, str(path), normalization)
-    encoder.input_size = tuple(about["input_size"])
+    encoder.input_size = tuple(pixels["input_size"][1:])
     return encoder

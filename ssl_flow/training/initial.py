@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ssl_flow.config import Config
 from ssl_flow.models import Encoder, TileEncoder, load_encoder
 from ssl_flow.models.encoder import Normalization
+from ssl_flow.models.weights import compare
 from ssl_flow.training.checkpoint import read_checkpoint
 from ssl_flow.training.safety import MemoryAdvice, explain_out_of_memory
 
@@ -27,42 +28,27 @@ def initialize(encoder: Encoder, spec: str) -> str:
             encoder.
 
     Returns:
-        A report: how many keys were taken, which stay random, which have no place here; how images
-        are normalised, which the source decides where it says so (a lone file does not).
+        The report of `weights.Match` (what is missing stays random), and how images are normalised,
+        which the source decides where it says so (a lone file does not).
 
     Raises:
         FileNotFoundError, WeightsError: nothing there.
         ValueError: a shape differs, or no key fits.
     """
-    (given, normalization), wanted = _weights(spec), encoder.state_dict()
-    taken = {name: given[name] for name in wanted if name in given}
-    wrong = [
-        f"{name} is {tuple(value.shape)}, here {tuple(wanted[name].shape)}"
-        for name, value in taken.items()
-        if value.shape != wanted[name].shape
-    ]
-    if wrong or not taken:
-        reason = "; ".join(wrong[:3]) + (f"; {len(wrong) - 3} more" if len(wrong) > 3 else "")
+    given, normalization = _weights(spec)
+    match = compare(given, encoder, spec)
+    if match.wrong or not match.matched:
         raise ValueError(
-            f"{spec} does not fit {encoder.architecture} ({reason or 'no key is known here'}): set "
-            "model.backbone, model.embedding_dim and model.hidden_dim to its own, or leave "
-            "--init-from out"
+            f"{spec} does not fit {encoder.architecture}: set model.backbone, model.embedding_dim "
+            f"and model.hidden_dim to its own, or leave --init-from out\n{match}"
         )
-    encoder.load_state_dict(taken, strict=False)
-    lines = [f"start weights from {spec}: {len(taken)} of {len(wanted)} keys"]
-    for title, names in [
-        ("left at random", [name for name in wanted if name not in given]),
-        ("not used", [name for name in given if name not in wanted]),
-    ]:
-        if names:
-            more = f", ... ({len(names)})" if len(names) > 4 else ""
-            lines.append(f"  {title}: {', '.join(names[:4])}{more}")
+    encoder.load_state_dict(match.matched, strict=False)
     encoder.normalization = normalization or encoder.normalization
-    lines.append(
-        f"  images: mean {encoder.normalization.mean}, standard deviation "
-        f"{encoder.normalization.std}, {'the source' if normalization else 'this backbone'}'s own"
+    return (
+        f"start weights from {match}\n  images: mean {encoder.normalization.mean}, standard "
+        f"deviation {encoder.normalization.std}, "
+        f"{'the source' if normalization else 'this backbone'}'s own"
     )
-    return "\n".join(lines)
 
 
 def _weights(spec: str) -> tuple[dict[str, Tensor], Normalization | None]:

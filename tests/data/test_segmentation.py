@@ -65,6 +65,7 @@ def test_camvid_is_judged_on_its_test_split_where_it_has_one(camvid):
         ("id,name\nsky,0\n", "id sky is not the value of an 8-bit mask, 0 to 255"),
         ("id,name,ignore\n0,sky,no\n", "ignore = no of id 0, expected 0 or 1"),
         ("id,name\n0,sky\n1,road\n0,car\n", "id 0 is there twice"),
+        ("id,name\n0,sky\n1,sky\n", "id 1 needs a name of its own, found 'sky'"),
         ("id,name,ignore\n0,sky,1\n1,road,1\n", "every class is ignored"),
     ],
 )

@@ -8,6 +8,7 @@ from fakes import FakeEncoder, label_set, masks
 from sklearn.metrics import confusion_matrix, jaccard_score
 
 from ssl_flow.evaluation.clustering import Clustering, _match, _miou, _small_mask, run_clustering
+from ssl_flow.evaluation.intervals import interval_of_outcomes
 
 QUICK = Clustering(image_size=24, mask_size=24, overclusters=6, seeds=3, patches_per_cluster=400)
 pytestmark = [
@@ -23,7 +24,8 @@ def test_features_that_hold_the_label_give_one():
         "miou": 1, "miou_std": 0, "overclustering_miou": 1, "overclustering_miou_std": 0
     }  # fmt: skip
     assert result.per_class == {"class0": 1, "class1": 1, "class2": 1}
-    assert result.counts.shape == (6, 3, 3) and result.counts[:, 1].sum() == 6 * 24 * 24
+    assert result.counts.shape == (6, QUICK.seeds, 3, 3)
+    assert (result.counts[:, :, 1].sum((0, 2)) == 6 * 24 * 24).all()
 
 
 @pytest.mark.parametrize("image", ["constant", "shuffled"])
@@ -99,6 +101,19 @@ def test_options_and_seeds_change_something():
                   run(restarts=1), run(patches_per_cluster=5), run(seeds=3)):  # fmt: skip
         assert other.scores != base.scores
     assert run(batch_images=1).scores == base.scores
+
+
+def test_the_interval_is_that_of_the_mean_over_the_runs():
+    """Not of the one run whose predictions are shown: the mean may lie outside of its interval."""
+    noise = np.random.default_rng(0).integers(0, 255, (6, 24, 24, 3), np.uint8)
+    data = label_set(masks(0, 6, cell=3), noise)
+    outcomes = [run_clustering(FakeEncoder((2, 4)), data, data, QUICK, seed) for seed in (0, 5)]
+    for outcome in outcomes:
+        found = interval_of_outcomes([outcome], "miou")
+        assert found.value == pytest.approx(outcome.scores["miou"])
+        assert found.seeds == pytest.approx(outcome.details["miou_of_seeds"])
+    both = interval_of_outcomes(outcomes, "miou")
+    assert both.value == pytest.approx(np.mean([o.scores["miou"] for o in outcomes]))
 
 
 def test_bad_input(monkeypatch):

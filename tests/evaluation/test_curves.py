@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 import pytest
 import yaml
+from matplotlib.figure import Figure
 
 from ssl_flow.evaluation.curves import draw_curves, drawable_panels, exponential_mean, read_run
 
@@ -89,6 +90,17 @@ def test_bounds_and_every_line_are_in_the_picture(tmp_path):
     assert has(sheet, purple) and not has(sheet, vermilion)
     sheet = pixels([one, two])
     assert has(sheet, vermilion) and not has(sheet, purple)
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path, monkeypatch):
+    heads, real = [], Figure.legend
+    monkeypatch.setattr(
+        Figure, "legend", lambda self, lines, texts, **o: (heads.extend(texts),
+                                                           real(self, lines, texts, **o))[1]
+    )  # fmt: skip
+    folders = [tmp_path / "a" / "seed0", tmp_path / "b" / "seed0", tmp_path / "b" / "seed1"]
+    draw_curves([read_run(make_run(folder, rows())) for folder in folders])
+    assert heads == [f"{folders[0]}: 50 steps", f"{folders[1]}: 50 steps", "seed1: 50 steps"]
 
 
 def test_a_name_is_no_formula(tmp_path):

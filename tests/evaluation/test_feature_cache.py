@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -253,3 +254,25 @@ def test_features_that_float16_holds_give_the_very_same_result(tmp_path):
     for options in ({}, {"files": cache}):
         found = cached_levels(encoder, train, "hypercolumn", 4, **options)
         assert [item.name for item, _, _ in found] == train.names
+
+
+def test_a_file_cut_short_is_named_with_the_mend(tmp_path):
+    path = _cache(Counting(), _images(), tmp_path)[2]
+    content = path.read_bytes()
+    for part in (content[:-1], b""):
+        path.unlink()  # not in place: it is mapped
+        path.write_bytes(part)
+        with pytest.raises(ValueError, match=r"0000002.safetensors cannot be read .*delete it"):
+            read_features(path)
+
+
+def test_the_disk_must_have_room(tmp_path, monkeypatch):
+    images = _images(sizes=((24, 32), (24, 32)))
+    size = _cache(Counting(), images, tmp_path)[0].stat().st_size
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(5 * size - 1))
+    with pytest.raises(ValueError, match=r"5 more images need about .* GiB.*has .* GiB left"):
+        _cache(Counting(), images, tmp_path / "full")
+    assert not list((tmp_path / "full").glob("*/*.safetensors"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(5 * size))
+    assert len(_cache(Counting(), images, tmp_path / "full")) == 5

@@ -1,6 +1,7 @@
 """Bootstrap intervals: known answers, other people's mIoU, and coverage on synthetic sets."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -183,6 +184,16 @@ def test_outcomes():
     for bad in ([], [outcome(), outcome(items=names[::-1])]):
         with pytest.raises(ValueError, match="not of the same images"):
             interval_of_outcomes(bad, "miou")
+
+
+def test_memory_is_linear_in_the_groups():
+    """A set of images has as many groups as images: a table of both would be gigabytes."""
+    names = [f"class/{i}.jpg" for i in range(3000)]
+    tracemalloc.start()
+    interval_of_mean(np.arange(3000.0), resamples=10, groups=names)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10e6  # bytes; 3000 x 3000 numbers are 72e6
 
 
 def test_bad_input():

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ssl_flow.cli import main
-from ssl_flow.evaluation import suite
+from ssl_flow.evaluation import suite, suite_report
 from ssl_flow.evaluation.protocols import PROTOCOLS
 
 NETWORKS = """
@@ -174,6 +174,32 @@ def test_every_segmentation_protocol_takes_an_encoder_without_weights(data, netw
     tables = json.loads((tmp_path / "out/results.json").read_text())["tables"]
     assert [table["protocol"]["name"] for table in tables] == names
     assert all(0 <= table["rows"][0]["scores"]["miou"]["value"] <= 1 for table in tables)
+
+
+def test_data_of_two_kinds_is_shown_once_as_the_first(networks, tmp_path, monkeypatch, capsys):
+    for folder, kind in ((f, k) for f in "abc" for k in ("frames", "masks")):
+        (tmp_path / "davis" / kind / folder).mkdir(parents=True)
+        for i in range(3):
+            mask = np.zeros((64, 96), np.uint8)
+            mask[10:40, 10 + i : 40] = 1
+            picture = mask if kind == "masks" else np.stack([mask * 200] * 3, -1)
+            name = f"{i}.png" if kind == "masks" else f"{i}.jpg"
+            Image.fromarray(picture).save(tmp_path / "davis" / kind / folder / name)
+    shown, real = [], suite_report.feature_strips
+
+    def counted(data, *rest):
+        shown.append(data.kind)
+        return real(data, *rest)
+
+    monkeypatch.setattr(suite_report, "feature_strips", counted)
+    words = ["--encoders", f"{networks}colours", "--data", f"davis:{tmp_path / 'davis'}", "--out",
+             str(tmp_path / "out"), "--protocols", "dense-knn", "label-propagation", "--set",
+             "dense-knn.image_size=64", "label-propagation.short_side=64"]  # fmt: skip
+    assert main(["eval", "suite", *words]) == 0
+    tables = json.loads((tmp_path / "out/results.json").read_text())["tables"]
+    assert [(t["data"], t["unit"], t["units"]) for t in tables] == [("davis", "sequences", 1)] * 2
+    assert shown == ["segmentation"]
+    assert f"features stage1 of {networks}colours, short_side 64" in capsys.readouterr().out
 
 
 def test_a_protocol_that_draws_nothing_runs_once(networks, tmp_path, calls, monkeypatch):

@@ -1,5 +1,8 @@
 """Outcomes on the disk, tables from outcomes whose intervals are known, pictures of features."""
 
+import os
+
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -92,6 +95,11 @@ def test_better_is_said_only_where_intervals_and_runs_are_apart(data):
     assert lines[-1].startswith("fake,dense-knn,1,gone,miou,,,,,1,1")
 
 
+def test_an_error_of_several_lines_is_one_cell(data):
+    text = as_markdown(tables([cell(data, "e", None, error="RuntimeError: one\n  a | b")]))
+    assert "| e | - | 1 of 1 failed: RuntimeError: one a \\| b |" in text
+
+
 def test_objects_of_a_sequence_are_drawn_together(data):
     values = {"J": np.repeat([0.2, 0.6, 0.7], 10)}
     items = [f"video{i // 10}/object {i % 10 + 1}" for i in range(30)]
@@ -131,6 +139,17 @@ def test_a_changed_mask_is_another_set(tmp_path):
     before = open_data("segmentation", f"folder:{tmp_path}").digest
     Image.fromarray(np.full((8, 8), 255, np.uint8)).save(tmp_path / "train/masks/3.png")
     assert open_data("segmentation", f"folder:{tmp_path}").digest != before
+
+
+def test_a_changed_flow_is_another_set(tmp_path):
+    folder = tmp_path / "Venus"
+    folder.mkdir()
+    for name in ("frame10", "frame11", "flow10"):
+        cv2.imwrite(str(folder / f"{name}.png"), np.ones((8, 8, 3), np.uint16))
+    before = open_data("pairs", f"middlebury:{tmp_path}").digest
+    assert open_data("pairs", f"middlebury:{tmp_path}").digest == before
+    os.utime(folder / "flow10.png", (1, 1))
+    assert open_data("pairs", f"middlebury:{tmp_path}").digest != before
 
 
 class Colours(nn.Module):

@@ -249,6 +249,16 @@ def test_a_file_that_was_replaced_is_not_taken_for_the_old_one(tmp_path):
     assert "has changed" in summary.problems[0].reason
 
 
+def test_frames_that_become_too_small_cost_only_themselves(tmp_path):
+    def frames(short_side):
+        images = [*moving(4), *(image[:8] for image in moving(4))]
+        return (Frame(i / 10, image) for i, image in enumerate(images))
+
+    summary = extract([Source("a", frames)], tmp_path / "s", method="farneback")
+    assert (summary.pairs, summary.skipped) == (3, {"size_change": 1})
+    assert summary.problems[0].reason == "frames of 96 x 8 pixels: flow needs at least 16 a side"
+
+
 def test_the_codec_is_chosen(tmp_path):
     make_store(moving(3), tmp_path, codec="png")
     with tarfile.open(tmp_path / "made_store/shards/made.tar") as tar:

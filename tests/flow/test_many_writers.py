@@ -1,7 +1,10 @@
 """Calls that write to one store at the same time, and what each of them must see of the others."""
 
+import errno
 import json
 import os
+import sys
+import threading
 from dataclasses import replace
 from functools import partial
 
@@ -9,7 +12,7 @@ import pytest
 from clips import moving, shard_bytes, write_video
 from test_store import contents, make_store, members, write_shard
 
-from ssl_flow.flow import FlowStore, StoreError, extract, find_sources
+from ssl_flow.flow import FlowStore, StoreError, extract, find_sources, shard
 from ssl_flow.flow.command import flow_command
 from ssl_flow.flow.job import Settings, extract_source
 from ssl_flow.flow.merge import merge_stores
@@ -34,7 +37,7 @@ def test_parts_leave_the_lists_to_the_last_call(tmp_path, capsys):
         assert flow_command([*flags, "--out", str(tmp_path / "s"), "--shard", part]) == 0
         assert "without --shard" in capsys.readouterr().out
     names = [file.name for file in (tmp_path / "s").iterdir()]
-    assert sorted(names) == [".lock", "shards", "store.json"]
+    assert sorted(names) == [".lock", ".turn.tmp", "shards", "store.json"]
     assert verify(tmp_path / "s") == {}
     assert len(FlowStore(tmp_path / "s").sources) == 4
     with pytest.raises(StoreError, match=r"do not look for .*: run `ssl-flow merge"):
@@ -86,6 +89,59 @@ def test_parts_keep_the_problems_of_each_other(tmp_path):
         update_problems(tmp_path, {source: f"{source} is broken"})
     update_problems(tmp_path, {"b": None})
     assert read_problems(tmp_path) == {"a": "a is broken", "c": "c is broken"}
+    update_problems(tmp_path, {"a": None, "c": None})
+    assert not (tmp_path / "problems.jsonl").exists()
+
+
+def before_it_writes(monkeypatch, module, other):
+    """Begin `other` when `module` is about to write, and let it end if it does not wait."""
+    real = module.write_atomically
+
+    def begin_other(*arguments):
+        monkeypatch.setattr(module, "write_atomically", real)
+        thread.start()
+        thread.join(0.5)
+        real(*arguments)
+
+    thread = threading.Thread(target=other)
+    monkeypatch.setattr(module, "write_atomically", begin_other)
+    return thread
+
+
+def test_parts_that_save_their_problems_at_once_lose_none(tmp_path, monkeypatch):
+    thread = before_it_writes(monkeypatch, shard, lambda: update_problems(tmp_path, {"b": "cut"}))
+    update_problems(tmp_path, {"a": "broken"})
+    thread.join()
+    assert read_problems(tmp_path) == {"a": "broken", "b": "cut"}
+
+
+def test_of_two_parts_that_begin_one_store_at_once_the_first_decides(tmp_path, monkeypatch):
+    refused = []
+
+    def other():
+        with pytest.raises(StoreError, match="made with size = 48"):
+            extract([], tmp_path / "s", size=64, part=(2, 2))
+        refused.append(True)
+
+    thread = before_it_writes(monkeypatch, sys.modules["ssl_flow.flow.extract"], other)
+    extract([], tmp_path / "s", size=48, part=(1, 2))
+    thread.join()
+    assert refused
+
+
+def test_the_lock_is_one_that_network_file_systems_know(tmp_path, monkeypatch):
+    """NFS refuses a shared lock on a file that is not open for reading: see flock(2)."""
+    real = shard.fcntl.flock
+
+    def flock(file, kind):
+        if kind & shard.fcntl.LOCK_SH and not file.readable():
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        real(file, kind)
+
+    monkeypatch.setattr(shard.fcntl, "flock", flock)
+    refused = pytest.raises(StoreError, match="another call")
+    with store_lock(tmp_path, shared=True), refused, store_lock(tmp_path):
+        pass
 
 
 def test_two_writers_of_one_shard_leave_a_whole_one(tmp_path):

@@ -72,6 +72,10 @@ def test_frames_tell_how_much_lies_behind_them(tmp_path):
     for i in range(6):
         cv2.imwrite(str(tmp_path / f"frames/{i}.png"), texture(i, 16, 16))
     assert [frame.share for frame in read_frames(tmp_path / "frames")][-1] == 1
+    # Its header gives no length: by the bytes that were read.
+    path = write_video(tmp_path / "a.mjpeg", moving(60), codec="mjpeg", pix_fmt="yuvj420p")
+    shares = [frame.share for frame in read_frames(path)]
+    assert shares == pytest.approx(np.arange(60) / 60, abs=0.1)
 
 
 def test_of_a_truncated_file_the_good_frames_come_first(tmp_path):

@@ -114,6 +114,12 @@ def test_backend_is_the_one_asked_for(monkeypatch):
         assert CrossPixelFlowLoss(backend=backend)(e, f.float()) == length
 
 
+def test_repr_tells_the_options():
+    shown = repr(CrossPixelFlowLoss(flow_sigma=0.25, self_pairs="subtract_identity"))
+    for option in ("'cross_entropy'", "backend='auto'", "flow_sigma=0.25", "exclude=False"):
+        assert option in shown
+
+
 # What the loss means.
 
 
@@ -335,6 +341,8 @@ def test_constructor_refuses(options, message):
         (lambda e, f, w: (e, f, w[:, None]), ValueError, r"weight must be \(B, H, W\)"),
         (lambda e, f, w: (e[:, :0], f, w), ValueError, "not empty"),
         (lambda e, f, w: (e, f[:, :1], w), ValueError, "flow must have 2 channels"),
+        (lambda e, f, w: (e, f[0, 0, 0]), ValueError, r"flow must be \(B, channels, H, W\)"),
+        (lambda e, f, w: (e, f[:, :0]), ValueError, "flow must be .* not empty"),
         (lambda e, f, w: (e, f[:1], w), ValueError, "embedding and flow must agree in B, H and W"),
         (lambda e, f, w: (e, f[..., 1:], w), ValueError, "must agree"),
         (lambda e, f, w: (e, f, w[:, 1:]), ValueError, "weight and flow must agree"),
@@ -360,5 +368,7 @@ def test_bad_inputs_for_monitoring():
             function(f, weight[:1])
         with pytest.raises(TypeError, match="flow must be floating"):
             function(f.int())
+        with pytest.raises(ValueError, match=r"flow must be \(B, channels, H, W\)"):
+            function(f[0, 0, 0])
     with pytest.raises(ValueError, match="needs objective='cross_entropy', found 'regression'"):
         CrossPixelFlowLoss("regression").target_entropy(f)

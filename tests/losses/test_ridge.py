@@ -300,3 +300,7 @@ def test_the_crop_to_fit_on_must_match():
     e, f, weight = _inputs()
     with pytest.raises(ValueError, match=r"fit's embedding.*B, D.*\(2, 3, 5, 7\)"):
         RidgeFlowLoss()(e, f, weight, fit=(e[:, :3], f, weight))
+
+
+def test_repr_tells_the_option():
+    assert "ridge=0.01" in repr(RidgeFlowLoss(0.01))

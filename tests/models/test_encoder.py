@@ -151,6 +151,10 @@ def test_errors_say_what_was_expected(tmp_path):
     (tmp_path / "e" / "config.json").write_text(config)
     with pytest.raises(ValueError, match=r"model\.safetensors does not fit"):
         load_encoder(tmp_path / "e")
+    for config in ("{", "[]", "{}"):
+        (tmp_path / "e" / "config.json").write_text(config)
+        with pytest.raises(ValueError, match=r"config\.json names no 'architecture'"):
+            load_encoder(tmp_path / "e")
 
 
 def test_missing_pretrained_weights_are_an_error_never_random(monkeypatch):

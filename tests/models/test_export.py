@@ -152,6 +152,9 @@ def test_a_foreign_onnx_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match=r"not written by `ssl-flow export`.*python:MODULE"):
         load_encoder(tmp_path / "m.onnx")
+    (tmp_path / "t.onnx").write_text("no graph")
+    with pytest.raises(ValueError, match=r"t\.onnx is no readable ONNX model"):
+        load_encoder(tmp_path / "t.onnx")
     with pytest.raises(FileNotFoundError, match=r"no\.onnx"):
         load_encoder(tmp_path / "no.onnx")
 
@@ -159,9 +162,9 @@ def test_a_foreign_onnx_is_refused(tmp_path):
 def test_torch_export_for_any_batch_and_size(tmp_path):
     encoder = _saved(tmp_path / "e", "test_vit")
     export_encoder(tmp_path / "e", "torch-export", tmp_path / "out")
-    about = {"ssl_flow.json": ""}
+    about = {"config.json": ""}
     program = torch.export.load(tmp_path / "out" / "model.pt2", extra_files=about).module()
-    assert json.loads(about["ssl_flow.json"])["mean"] == [0.1, 0.2, 0.3]
+    assert json.loads(about["config.json"])["pretrained_cfg"]["mean"] == [0.1, 0.2, 0.3]
     for size in ((1, 3, 64, 96), (3, 3, 97, 45)):
         x = torch.randn(size)
         with torch.no_grad():
@@ -212,6 +215,35 @@ def test_the_card_tells_of_the_run(tmp_path):
     assert sums.keys() == {"config.json", "model.safetensors", "head.safetensors"}
     for name, sha256 in sums.items():
         assert hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest() == sha256
+
+
+def test_an_encoder_from_elsewhere_gets_no_runs_history(tmp_path, monkeypatch):
+    """Not even in a folder that has a config.yaml."""
+    (tmp_path / "config.yaml").write_text("data: {}\n")
+    monkeypatch.chdir(tmp_path)
+    export_encoder("random:test_vit", "hub", "out")
+    card = Path("out/README.md").read_text()
+    assert "## Pretraining" not in card and "before the final norm" in card
+
+
+@pytest.mark.parametrize("wrong", [0.001, float("nan")])
+def test_an_embedding_is_judged_by_its_own_size(wrong, tmp_path, monkeypatch):
+    """0.001 is little beside the features of some networks, and max(0.0, nan) is 0.0."""
+    real = export._outputs
+
+    def damaged(encoder, images):
+        *features, embedding = real(encoder, images)
+        off = wrong if encoder is not loaded[0] else 0.0
+        return [1000 * features[0], *features[1:], embedding + off]
+
+    loaded = []
+    monkeypatch.setattr(export, "_outputs", damaged)
+    monkeypatch.setattr(
+        export, "load_encoder", lambda spec: loaded.append(load_encoder(spec)) or loaded[-1]
+    )
+    _saved(tmp_path / "e", "test_resnet")
+    with pytest.raises(RuntimeError, match="the export is not the encoder"):
+        export_encoder(tmp_path / "e", "torch-export", tmp_path / "out")
 
 
 def test_a_wrong_export_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):

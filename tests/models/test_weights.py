@@ -90,6 +90,14 @@ def test_another_architectures_weights_are_refused_even_when_not_strict(tmp_path
         load_encoder("timm:resnet18@nothing.pth")
 
 
+def test_kernels_of_another_patch_size_are_refused_not_resampled(tmp_path):
+    tensors = _network("vit_tiny_patch16_224", num_classes=0).state_dict()
+    patches = {"patch_embed.proj.weight": torch.randn(192, 3, 8, 8)}
+    torch.save(tensors | patches, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"wrong: patch_embed.* is \(192, 3, 8, 8\), expected"):
+        load_encoder(f"timm:vit_tiny_patch16_224@{tmp_path / 'w.pth'}")
+
+
 def test_lightlys_sequence_of_children(tmp_path):
     """backbone = nn.Sequential(*list(resnet.children())[:-1]), in a Lightning checkpoint."""
     resnet = torchvision.models.resnet18().eval()
@@ -147,6 +155,11 @@ def test_dinos_training_file_gives_its_teacher(tmp_path):
     encoder = load_encoder(f"timm:test_vit@{tmp_path / 'checkpoint.pth'}")
     assert _same(encoder, teacher, norm=True)
     assert "under 'teacher.backbone.'" in encoder.report
+    content = torch.load(tmp_path / "checkpoint.pth", weights_only=False)
+    del content["teacher"]["backbone.norm.weight"]
+    torch.save(content, tmp_path / "checkpoint.pth")
+    with pytest.raises(ValueError, match=r"(?s)teacher.*missing: norm\.weight"):  # not the student
+        load_encoder(f"timm:test_vit@{tmp_path / 'checkpoint.pth'}")
 
 
 def test_mocos_checkpoint_gives_its_query_encoder(tmp_path):
