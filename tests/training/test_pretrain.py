@@ -15,6 +15,7 @@ from ssl_flow.config import Config, DataConfig, EvaluationConfig, TrainConfig
 from ssl_flow.evaluation import LinearProbe
 from ssl_flow.flow import FlowStore
 from ssl_flow.training import loop, pretrain, score, train_command
+from ssl_flow.training.flow_task import FlowTask
 from ssl_flow.training.step import learning_rate
 
 
@@ -198,18 +199,19 @@ def test_the_whole_job_on_synthetic_videos(tmp_path, capsys, monkeypatch):
 def test_speed_is_that_of_the_steps_alone(store, tmp_path, monkeypatch):
     clock = [0.0]
 
-    def lasting(seconds, name):
-        real = getattr(loop, name)
+    def lasting(seconds, owner, name):
+        real = getattr(owner, name)
 
         def slow(*arguments, **options):
             clock[0] += seconds
             return real(*arguments, **options)
 
-        monkeypatch.setattr(loop, name, slow)
+        monkeypatch.setattr(owner, name, slow)
 
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    for name, seconds in [("take_step", 1), ("save_checkpoint", 100), ("_sheet", 10)]:
-        lasting(seconds, name)
+    lasting(1, loop, "take_step")
+    lasting(100, loop, "save_checkpoint")
+    lasting(10, FlowTask, "sheet")
     rows = lines(pretrain(tiny(store, tmp_path, checkpoint_every=3)))
     assert [row["images_per_second"] for row in rows] == [4, 4, 4]
     assert [row["data_wait"] for row in rows] == [0, 0, 0]
