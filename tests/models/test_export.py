@@ -243,7 +243,7 @@ def test_an_embedding_is_judged_by_its_own_size(wrong, tmp_path, monkeypatch):
     )
     _saved(tmp_path / "e", "test_resnet")
     with pytest.raises(RuntimeError, match="the export is not the encoder"):
-        export_encoder(tmp_path / "e", "torch-export", tmp_path / "out")
+        export_encoder(tmp_path / "e", "timm", tmp_path / "out")
 
 
 def test_a_wrong_export_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
