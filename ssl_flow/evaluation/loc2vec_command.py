@@ -98,10 +98,11 @@ def _embed(command: Embed) -> None:
     digests = [judged_digest(command.encoder, 0), hashlib.sha256(places.tobytes()).hexdigest()]
     about = json.dumps([*digests, str(tile_map.path.resolve()), tile_map.channels, tile])
     parts = command.out.with_name(command.out.name + ".parts")
-    if parts.exists() and (parts / "about.json").read_text() != about:
-        shutil.rmtree(parts)  # of another encoder, map or list
-    parts.mkdir(parents=True, exist_ok=True)
-    write_atomically(parts / "about.json", about.encode())
+    noted = parts / "about.json"
+    if not noted.exists() or noted.read_text() != about:
+        shutil.rmtree(parts, ignore_errors=True)  # of another encoder, map or list
+        parts.mkdir(parents=True)
+        write_atomically(noted, about.encode())
     starts = range(0, len(xy), _PART)
     for start in tqdm(starts, desc="places", unit_scale=_PART, disable=not sys.stderr.isatty()):
         file = parts / f"{start:012d}.npy"

@@ -76,7 +76,8 @@ class FlowTask:
                 f"loss.objective is {config.loss.objective}, which compares places of a map; for "
                 f"flow take one of {', '.join(OBJECTIVES)}, or give data.store map:PATH"
             )
-        self.config, self.term = config, "ridge" if config.loss.ridge_weight else ""
+        self.config, self.term_weight = config, config.loss.ridge_weight
+        self.term = "ridge" if self.term_weight else ""
         self.store = None if _synthetic(config) else open_store(config.data.store)
 
     def prepare(self, run: Path) -> str:

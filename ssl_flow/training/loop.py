@@ -165,7 +165,6 @@ def _train(
     metrics = Metrics(run, progress.step) if world.is_main else None
     logs = closing(metrics) if metrics else nullcontext()
     with StopSignals() as stop, logs, reading(loader) as batches:
-        weight = config.loss.ridge_weight if isinstance(task, FlowTask) else 0.0
         waited, logged_at, logged_step = 0.0, time.perf_counter(), progress.step
         for step in bar:
             # Dropout and the like depend on (seed, step, process): nothing to save or to disturb.
@@ -202,7 +201,7 @@ def _train(
                 now = time.perf_counter()
                 values = {
                     "step": done,
-                    "loss": result.loss - weight * result.term,  # as its bounds are
+                    "loss": result.loss - task.term_weight * result.term,  # as its bounds are
                     **_means(task.measure(objective, batch, result.embedding), world),
                     **({task.term: result.term} if task.term else {}),
                     "gradient_norm": result.gradient_norm,

@@ -85,7 +85,8 @@ class TileTask:
 
     collate = staticmethod(default_collate)
     term = "wrong_triplets"
-    """The third output of the objective."""
+    """The third output of the objective, and its weight in the first: it is only counted."""
+    term_weight = 0.0
 
     def __init__(self, config: Config) -> None:
         """Open the map and draw places; ValueError, FileNotFoundError: it can't be used."""

@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import lines, stop_at_step_four, tiny
+from tiny import lines, stop_at_step, tiny
 
 from ssl_flow.config import Config, DataConfig
 from ssl_flow.losses import CrossPixelFlowLoss
 from ssl_flow.models import create_encoder
 from ssl_flow.training import loop, pretrain
 from ssl_flow.training.distributed import World
-from ssl_flow.training.flow_task import Batch, Objective
+from ssl_flow.training.flow_task import Batch, FlowTask, Objective
 from ssl_flow.training.safety import Interrupted
 from ssl_flow.training.step import Shadow, make_optimizer, take_step
 
@@ -68,7 +68,7 @@ def test_a_stopped_run_goes_on(store, tmp_path, monkeypatch):
         return replace(tiny(store, tmp_path / name, **train), device="cuda")
 
     whole = pretrain(config("whole"))
-    stop_at_step_four(monkeypatch)
+    stop_at_step(monkeypatch, FlowTask, 4)
     with pytest.raises(Interrupted):
         pretrain(config("stopped"))
     (run,) = (tmp_path / "stopped").iterdir()

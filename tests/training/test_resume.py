@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny import lines, stop_at_step_four, tiny
+from tiny import lines, stop_at_step, tiny
 
 from ssl_flow.config import load_config, save_config
 from ssl_flow.training import loop, pretrain, train_command
@@ -22,6 +22,7 @@ from ssl_flow.training.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from ssl_flow.training.flow_task import FlowTask
 from ssl_flow.training.safety import Interrupted
 from ssl_flow.training.step import learning_rate
 
@@ -123,7 +124,7 @@ def test_a_signal_at_a_step_that_saves_anyway_does_not_spoil_the_choice_of_the_b
     store, tmp_path, finished, monkeypatch
 ):
     closed = []
-    stop_at_step_four(monkeypatch)
+    stop_at_step(monkeypatch, FlowTask, 4)
     monkeypatch.setattr(loop.Metrics, "close", lambda metrics: closed.append(metrics))
     with pytest.raises(Interrupted):
         pretrain(tiny(store, tmp_path))

@@ -6,7 +6,6 @@ import signal
 from pathlib import Path
 
 from ssl_flow.config import Config, DataConfig, EvaluationConfig, ModelConfig, TrainConfig
-from ssl_flow.training.flow_task import FlowTask
 
 
 def tiny(store, out, **train):
@@ -27,14 +26,14 @@ def lines(run: Path):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def stop_at_step_four(monkeypatch):
-    """Have the loop receive SIGTERM while it makes its fourth batch."""
-    real, calls = FlowTask.batch, []
+def stop_at_step(monkeypatch, task, number):
+    """Have the loop receive SIGTERM while FlowTask or TileTask makes batch `number` (1, 2, ...)."""
+    real, calls = task.batch, []
 
-    def stop_at_four(*arguments):
+    def batch(*arguments):
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == number:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments)
 
-    monkeypatch.setattr(FlowTask, "batch", stop_at_four)
+    monkeypatch.setattr(task, "batch", batch)

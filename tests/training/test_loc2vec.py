@@ -1,7 +1,6 @@
 """Loc2Vec end to end on a small map whose two classes differ in their pattern alone."""
 
 import json
-import os
 import shutil
 import signal
 import sys
@@ -11,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from tiny import lines, stop_at_step
 from torch import nn
 
 from ssl_flow.cli import main
@@ -89,7 +89,7 @@ def test_a_run_folder_holds_what_one_of_flow_does(finished, place):
     for name in ("config.yaml", "results.json", "report.html", "checkpoints/best.pt",
                  "pictures/training.png", "encoder/model.safetensors"):  # fmt: skip
         assert (finished / name).stat().st_size > 0, name
-    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    rows = lines(finished)
     assert [row["step"] for row in rows] == [2, 4, 6]
     for row in rows:
         assert 1 <= row["effective_rank"] <= 16 and row["embedding_std"] > 0
@@ -102,15 +102,7 @@ def test_a_run_folder_holds_what_one_of_flow_does(finished, place):
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(finished, place, tmp_path, monkeypatch):
-    real, calls = TileTask.batch, []
-
-    def stop_at_three(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*arguments)
-
-    monkeypatch.setattr(TileTask, "batch", stop_at_three)
+    stop_at_step(monkeypatch, TileTask, 3)
     assert train(place, tmp_path) == 128 + signal.SIGTERM
     (run,) = tmp_path.iterdir()
     assert train_command(["--resume", str(run)]) == 0
@@ -269,6 +261,7 @@ def test_a_vector_for_each_place_and_on_after_a_stop(finished, place, tmp_path, 
     words = ["loc2vec", "embed", "--lonlat", str(points), "--map", str(place), "--encoder",
              str(finished), "--out", str(out), "--device", "cpu"]  # fmt: skip
     monkeypatch.setattr(loc2vec_command, "_PART", 4)
+    out.with_name(out.name + ".parts").mkdir()  # killed before anything was in it
     real, calls = loc2vec_command.embed_tiles, []
 
     def stop_at_two(*arguments):
