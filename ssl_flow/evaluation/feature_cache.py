@@ -124,7 +124,9 @@ def encoder_digest(encoder: nn.Module) -> str:
     code = {*map(type, encoder.modules()), *forwards, *filter(None, own)}
     for content in sorted(set(map(_source, code))):
         digest.update(content)
-    greys = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(-1, -1, -1, 3)
+    normalization: Any = getattr(encoder, "normalization", None)
+    channels = len(normalization.mean) if normalization else 3
+    greys = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(-1, -1, -1, channels)
     normalized: Any = encoder.normalize(greys.contiguous().to(device_of(encoder)))  # type: ignore[operator]
     digest.update(normalized.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()

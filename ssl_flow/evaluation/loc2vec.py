@@ -10,11 +10,9 @@ Training holds out the same blocks, so an encoder may be judged on the map that 
 
 from __future__ import annotations
 
-import hashlib
 import time
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -29,7 +27,6 @@ from ssl_flow.evaluation.outcome import Outcome, Settings
 from ssl_flow.evaluation.pixel_features import estimate_batchnorm, frozen
 from ssl_flow.models import create_tile_encoder, load_tile_encoder
 from ssl_flow.models.encoder import device_of
-from ssl_flow.models.folder import read_folder
 
 _BANDS = ((1, 4), (4, 16), (16, np.inf))  # of the distance to a negative, in sides of a tile
 
@@ -89,17 +86,6 @@ def load_judged(spec: str, seed: int, tile_map: TileMap) -> nn.Module:
             f"{', '.join(tile_map.channels)}: choose some by map:PATH@NAME,NAME"
         )
     return encoder
-
-
-def judged_digest(spec: str, seed: int) -> str:
-    """SHA-256 of an encoder's files, or of the name and seed of one that has none."""
-    if spec == "histograms" or spec.startswith(("random:", "timm:")):
-        return hashlib.sha256(f"{spec} {seed}".encode()).hexdigest()
-    folder, _, _ = read_folder(Path(spec))
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.json")) + sorted(folder.glob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def embed_tiles(encoder: nn.Module, tiles: np.ndarray, size: int = 256) -> np.ndarray:

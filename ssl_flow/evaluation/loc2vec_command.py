@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from ssl_flow.data.georeference import great_circle
 from ssl_flow.data.open_map import open_map_spec
-from ssl_flow.evaluation.loc2vec import embed_tiles, judged_digest, load_judged
+from ssl_flow.evaluation.feature_cache import encoder_digest
+from ssl_flow.evaluation.loc2vec import embed_tiles, load_judged
 from ssl_flow.flow.shard import write_atomically
 from ssl_flow.models import WeightsError, pick_device
 
@@ -95,7 +96,7 @@ def _embed(command: Embed) -> None:
     tile = getattr(encoder, "tile", {}) or {"side": command.pixels, "metres": command.metres}
     if not tile["metres"] > 0:
         raise ValueError(f"{command.encoder} does not say how large its tiles are: give --metres")
-    digests = [judged_digest(command.encoder, 0), hashlib.sha256(places.tobytes()).hexdigest()]
+    digests = [encoder_digest(encoder), hashlib.sha256(places.tobytes()).hexdigest()]
     about = json.dumps([*digests, str(tile_map.path.resolve()), tile_map.channels, tile])
     parts = command.out.with_name(command.out.name + ".parts")
     noted = parts / "about.json"

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import tyro
 
 from ssl_flow.evaluation.feature_cache import encoder_digest
-from ssl_flow.evaluation.loc2vec import check_tile, judged_digest, load_judged
+from ssl_flow.evaluation.loc2vec import check_tile, load_judged
 from ssl_flow.evaluation.outcome import Outcome, Settings, cell_path, load_cell, save_cell
 from ssl_flow.evaluation.pixel_features import check_features, estimate_on
 from ssl_flow.evaluation.protocols import PROTOCOLS, Data, fits, open_data, run_protocol
@@ -145,9 +145,10 @@ def _check_encoder(
             if len(maps) < len(sets):
                 raise ValueError("loc2vec judges encoders of tiles: judge others in another call")
             tile: Any = settings["loc2vec"]
-            for data in maps:
-                check_tile(load_judged(spec, seed, *data.sets), tile)
-            return judged_digest(spec, seed)
+            judged = [load_judged(spec, seed, *data.sets) for data in maps]
+            for each in judged:
+                check_tile(each, tile)
+            return encoder_digest(judged[0])
         encoder = load_encoder(spec, seed=seed)
         for protocol in settings.values():
             if features := getattr(protocol, "features", None):

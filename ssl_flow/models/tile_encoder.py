@@ -48,6 +48,10 @@ class TileEncoder(nn.Module):
         """D."""
         return self.head.out_features
 
+    def extra_repr(self) -> str:
+        """What the weights do not tell, for ``print``."""
+        return f"unit_length={self.unit_length}, tile={self.tile}"
+
     def features(self, tiles: Tensor) -> Tensor:
         """(B, C, H, W) normalised tiles -> the backbone's pooled features, (B, F)."""
         pooled: Tensor = self.backbone(tiles)
