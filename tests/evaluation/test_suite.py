@@ -221,7 +221,7 @@ def test_a_protocol_that_draws_nothing_runs_once(networks, tmp_path, calls, monk
         ({"--protocols": "guessing"}, "unknown protocol 'guessing'; known: linear-probe"),
         ({"--protocols": "label-propagation"}, "none of the protocols label-propagation takes"),
         ({"--set": "dense-knn.k=3"}, "keys: features, image_size"),
-        ({"--set": "clustering.seeds=3"}, "not among the protocols of this call"),
+        ({"--set": "clustering.runs=3"}, "not among the protocols of this call"),
         ({"--set": "dense-knn.neighbours=0"}, "neighbours = 0, expected more than 0"),
         ({"--set": "linear-probe.features=stage9"}, "has no features 'stage9'"),
         ({"--device": "abacus"}, "device 'abacus' cannot be used here"),
