@@ -172,6 +172,6 @@ def parse_settings(protocols: Sequence[str], changes: Sequence[str]) -> dict[str
             raise ValueError(f"--set {change}: write {name}.KEY=VALUE; keys: {', '.join(known)}")
         flags[name] += [f"--{key}", *shlex.split(value)]
     return {
-        name: tyro.cli(PROTOCOLS[name].settings, args=words, prog=f"--set {name}")
+        name: tyro.cli(PROTOCOLS[name].settings, args=words, prog=f"ssl-flow eval {name}")
         for name, words in flags.items()
     }

@@ -21,7 +21,7 @@ from ssl_flow.evaluation.suite_report import write_results
 from ssl_flow.models import WeightsError
 
 _DEFAULT = ("linear-probe", "dense-knn", "clustering", "label-propagation", "classification",
-            "correspondence")  # fmt: skip
+            "correspondence", "loc2vec")  # fmt: skip
 
 
 @dataclass
