@@ -189,5 +189,5 @@ def _sklearn() -> Any:  # noqa: ANN401 (a module)
         import sklearn.pipeline
         import sklearn.preprocessing
     except ImportError as error:
-        raise ImportError("clustering needs scikit-learn: pip install ssl-flow[eval]") from error
+        raise ImportError("clustering needs scikit-learn: pip install 'ssl-flow[eval]'") from error
     return sklearn

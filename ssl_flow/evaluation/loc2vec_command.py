@@ -204,6 +204,6 @@ def _pyarrow():  # type: ignore[no-untyped-def]  # noqa: ANN202 (two modules wit
         from pyarrow import parquet
     except ImportError as error:
         raise ImportError(
-            "a .parquet file needs pyarrow: pip install ssl-flow[parquet], or take .csv or .npy"
+            "a .parquet file needs pyarrow: pip install 'ssl-flow[parquet]', or take .csv or .npy"
         ) from error
     return pyarrow, parquet

@@ -20,7 +20,14 @@ from ssl_flow.evaluation.feature_cache import encoder_digest
 from ssl_flow.evaluation.loc2vec import check_tile, judged_digest, load_judged
 from ssl_flow.evaluation.outcome import Outcome, Settings, cell_path, load_cell, save_cell
 from ssl_flow.evaluation.pixel_features import check_features, estimate_on
-from ssl_flow.evaluation.protocols import PROTOCOLS, Data, fits, open_data, run_protocol
+from ssl_flow.evaluation.protocols import (
+    PROTOCOLS,
+    Data,
+    check_installed,
+    fits,
+    open_data,
+    run_protocol,
+)
 from ssl_flow.models import WeightsError, load_encoder, pick_device
 
 
@@ -80,6 +87,7 @@ def plan(options: Options, settings: dict[str, Settings]) -> list[Cell]:
     for key in ("seeds", "batchnorm_images"):
         if getattr(options, key) < 1:
             raise ValueError(f"{key} = {getattr(options, key)}, expected 1 or more")
+    check_installed(settings)
     pick_device(options.device)
     sets = _open_all(options.data, settings)
     rows = [parse_row(text, options.seeds) for text in options.encoders]

@@ -15,7 +15,9 @@ from ssl_flow.training.distributed import is_main_process
 from ssl_flow.training.loop import pretrain
 from ssl_flow.training.safety import CollapseError, Interrupted
 
-_REFUSALS = (ValueError, OSError, FloatingPointError, WeightsError, CollapseError, MemoryError)
+_REFUSALS = (
+    ValueError, OSError, ImportError, FloatingPointError, WeightsError, CollapseError, MemoryError,
+)  # fmt: skip
 
 
 def train_command(argv: list[str]) -> int:

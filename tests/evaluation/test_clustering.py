@@ -129,5 +129,5 @@ def test_bad_input(monkeypatch):
     with pytest.raises(ValueError, match="features of fake0 are not finite"):
         run_clustering(broken, good, good, QUICK)
     monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
-    with pytest.raises(ImportError, match=r"pip install ssl-flow\[eval\]"):
+    with pytest.raises(ImportError, match=r"pip install 'ssl-flow\[eval\]'"):
         run_clustering(FakeEncoder(), good, good, QUICK)
