@@ -56,7 +56,7 @@ class Neighbours:
     vectors: Path
     """A file that `ssl-flow loc2vec embed` wrote."""
     row: int | None = None
-    """Of the place to start from: 0, 1, ..."""
+    """Line of the place to start from, counted from 0 without the header."""
     lonlat: tuple[float, float] | None = None
     """Or longitude and latitude: the place of the file that lies nearest to it."""
     count: int = 10
@@ -79,7 +79,7 @@ def _told(name: str, work: Callable[[], None]) -> int:
     try:
         work()
     except (ValueError, OSError, ImportError, WeightsError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"ssl-flow loc2vec {name}: error: {error}", file=sys.stderr)
         return 2
     return 0
 
