@@ -247,7 +247,7 @@ STEPS = {  # in the order in which one needs what another wrote
 def helps():
     protocols = [f"eval {name}" for name in ("suite", *PROTOCOLS)]
     presets = [f"train {name}" for name in preset_files()]
-    assert "train quickstart" in presets
+    assert "train quickstart" in presets, "the presets are not in the package"
     for command in (*_COMMANDS, *protocols, *presets):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):

@@ -36,25 +36,24 @@ class Options:
     """What all evaluation commands take."""
 
     encoders: Annotated[list[str], tyro.conf.arg(aliases=["--encoder"])]
-    """One row each: FOLDER | timm:NAME | random:NAME | torchvision:NAME | python:MODULE:FUNCTION |
-    handmade (for maps FOLDER | random:NAME | histograms), or a comma-joined list of encoders of one
-    method (its pretraining seeds), which become one row with their mean and spread. NAME=SPEC gives
-    the row another name."""
+    """One row each, of FOLDER, timm:NAME, torchvision:NAME, random:NAME, handmade,
+    python:MODULE:FUNCTION; for maps FOLDER, random:NAME, histograms. NAME=SPEC names
+    the row. A comma-joined list of encoders of one method (its pretraining seeds)
+    becomes one row with their mean and spread."""
     data: list[str]
-    """camvid:PATH | voc:PATH | cityscapes:PATH | ade20k:PATH | cocostuff:PATH | davis:PATH |
-    folder:PATH | synthetic | davis2016:PATH | imagefolder:PATH | middlebury:PATH | map:PATH, one
-    or several.
-    Each goes to the protocols that take it."""
+    """One or several of camvid:PATH, voc:PATH, cityscapes:PATH, ade20k:PATH, davis:PATH,
+    cocostuff:PATH, folder:PATH, synthetic, davis2016:PATH, imagefolder:PATH,
+    middlebury:PATH, map:PATH. Each goes to the protocols that take it."""
     out: Path
     """Folder for report.html, results.json, results.csv, results.md and cells/."""
     seeds: int = 1
-    """Runs per encoder: initialisations for random:NAME, seeds of the protocol for another single
-    encoder (one run where the protocol draws nothing). A comma-joined list has one a member."""
+    """Runs per encoder: initialisations for random:NAME, else seeds of the protocol
+    (one run where it draws nothing). A comma-joined list has one a member."""
     batchnorm_images: int = 64
     """Images that give random encoders their BatchNorm statistics."""
     cache: Path | None = None
-    """Folder that keeps the features for linear-probe on the disk (float16), so that further seeds
-    and calls read them; camvid with a ResNet-18: 4 GB. By default none are kept."""
+    """Folder that keeps the features for linear-probe on the disk (float16) for further
+    seeds and calls; camvid with a ResNet-18: 4 GB. By default none are kept."""
     device: str = "auto"
     """cpu, cuda, or auto."""
     json: bool = False
