@@ -45,13 +45,13 @@ def main(argv: list[str] | None = None) -> int:
     if argv == ["--version"]:
         print(ssl_flow.__version__)
         return 0
-    asked = not argv or argv[0] in ("-h", "--help")
-    lines = ["usage: ssl-flow COMMAND [--help] ...", ""]
-    lines += [f"  {name:<18} {text}" for name, (_, _, text) in _COMMANDS.items()]
-    if not asked:
-        lines.insert(0, f"ssl-flow: no command {' '.join(argv[:2])!r}")
-    print("\n".join(lines), file=sys.stdout if asked else sys.stderr)
-    return 0 if asked else 2
+    words = [word for word in argv if word not in ("-h", "--help")]
+    listed = [name for name in _COMMANDS if name.split()[: len(words)] == words]  # `show`: its own
+    lines = [] if listed else [f"ssl-flow: no command {' '.join(words[:2])!r}"]
+    lines += ["usage: ssl-flow COMMAND [--help] ...", ""]
+    lines += [f"  {name:<18} {_COMMANDS[name][2]}" for name in listed or _COMMANDS]
+    print("\n".join(lines), file=sys.stdout if listed else sys.stderr)
+    return 0 if listed else 2
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""GeoTIFFs as maps, read window by window with rasterio (`pip install ssl-flow[geo]`)."""
+"""GeoTIFFs as maps, read window by window with rasterio (`pip install 'ssl-flow[geo]'`)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ class _File:
         try:
             import rasterio
         except ImportError as error:
-            raise ImportError(f"{self.path}: a GeoTIFF needs pip install ssl-flow[geo]") from error
+            raise ImportError(
+                f"{self.path}: a GeoTIFF needs pip install 'ssl-flow[geo]'"
+            ) from error
         try:
             return rasterio.open(self.path)
         except rasterio.errors.RasterioIOError as error:

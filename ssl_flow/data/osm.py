@@ -49,7 +49,7 @@ def rasterize(
     try:
         import osmium
     except ImportError as error:
-        raise ImportError(f"{extract}: an extract needs pip install ssl-flow[osm]") from error
+        raise ImportError(f"{extract}: an extract needs pip install 'ssl-flow[osm]'") from error
     if not extract.exists():
         raise FileNotFoundError(f"{extract} is missing")
     if out.exists():

@@ -55,7 +55,7 @@ class Clustering(Settings):
     mask_size: int = 100  # and masks and clusters to one of this
     components: int = 50  # of the PCA (fewer when the encoder has fewer channels)
     overclusters: int = 500  # K of the second clustering; the first has as many as classes
-    seeds: int = 5  # k-means runs, each with its own sample and starts
+    runs: int = 5  # of k-means, each with its own sample and starts
     restarts: int = 5  # k-means starts a run, the best is taken
     iterations: int = 100  # at most, of k-means
     patches_per_cluster: int = 256  # sample that k-means is fitted on
@@ -82,7 +82,7 @@ def run_clustering(
     protocol = protocol or Clustering()
     _sklearn()  # missing: before any long work
     check_input(encoder, protocol.features, train_set, test_set)
-    scores = [SegmentationScores(test_set) for _ in range(protocol.seeds)]
+    scores = [SegmentationScores(test_set) for _ in range(protocol.runs)]
     walk = encoder, test_set, protocol.features, protocol.image_size, protocol.batch_images
     wanted = protocol.patches_per_cluster * max(protocol.overclusters, len(test_set.classes))
     limit = -(-wanted // len(test_set))  # patches of an image that PCA and k-means are fitted on
@@ -114,8 +114,8 @@ def run_clustering(
             mask = _small_mask(item.mask, protocol)
             for table, labels in zip(tables, found[:, lookup], strict=True):
                 np.add.at(table, (mask[mask != IGNORE], labels[mask != IGNORE]), 1)
-            clusters.append(found[: protocol.seeds].astype(np.uint8))
-    matches = [_match(table, one_to_one=i < protocol.seeds) for i, table in enumerate(tables)]
+            clusters.append(found[: protocol.runs].astype(np.uint8))
+    matches = [_match(table, one_to_one=i < protocol.runs) for i, table in enumerate(tables)]
     mious = [_miou(table, match) for table, match in zip(tables, matches, strict=True)]
     same, over = np.split(np.array(mious), 2)
     shown = int(np.argsort(same)[(len(same) - 1) // 2])
@@ -151,7 +151,7 @@ def _fit(
         sklearn.decomposition.PCA(components, svd_solver="covariance_eigh"),
     )
     reduced, runs = reduction.fit_transform(sample), []
-    jobs = [(k, run) for k in ks for run in range(seed, seed + protocol.seeds)]
+    jobs = [(k, run) for k in ks for run in range(seed, seed + protocol.runs)]
     for k, run in bar(jobs, "k-means"):
         rows = np.random.default_rng(run).permutation(len(reduced))
         kmeans = sklearn.cluster.KMeans(
@@ -189,5 +189,5 @@ def _sklearn() -> Any:  # noqa: ANN401 (a module)
         import sklearn.pipeline
         import sklearn.preprocessing
     except ImportError as error:
-        raise ImportError("clustering needs scikit-learn: pip install ssl-flow[eval]") from error
+        raise ImportError("clustering needs scikit-learn: pip install 'ssl-flow[eval]'") from error
     return sklearn

@@ -57,7 +57,7 @@ class Neighbours:
     vectors: Path
     """A file that `ssl-flow loc2vec embed` wrote."""
     row: int | None = None
-    """Of the place to start from: 0, 1, ..."""
+    """Line of the place to start from, counted from 0 without the header."""
     lonlat: tuple[float, float] | None = None
     """Or longitude and latitude: the place of the file that lies nearest to it."""
     count: int = 10
@@ -80,7 +80,7 @@ def _told(name: str, work: Callable[[], None]) -> int:
     try:
         work()
     except (ValueError, OSError, ImportError, WeightsError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"ssl-flow loc2vec {name}: error: {error}", file=sys.stderr)
         return 2
     return 0
 
@@ -205,6 +205,6 @@ def _pyarrow():  # type: ignore[no-untyped-def]  # noqa: ANN202 (two modules wit
         from pyarrow import parquet
     except ImportError as error:
         raise ImportError(
-            "a .parquet file needs pyarrow: pip install ssl-flow[parquet], or take .csv or .npy"
+            "a .parquet file needs pyarrow: pip install 'ssl-flow[parquet]', or take .csv or .npy"
         ) from error
     return pyarrow, parquet

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ class Entry(NamedTuple):
     kind: str = "segmentation"  # of the data: or videos, images, pairs, maps
     seeded: bool = True  # something in it is drawn; else one run says it all of one encoder
     cached: bool = False  # it can keep its features on the disk
+    extra: bool = False  # needs scikit-learn and SciPy
 
 
 PROTOCOLS = {
@@ -51,12 +53,12 @@ PROTOCOLS = {
         Entry(BnProbe, run_segmentation_head),
         Entry(PlainProbe, run_segmentation_head),
         Entry(DenseKnn, run_dense_knn),
-        Entry(Clustering, run_clustering),
+        Entry(Clustering, run_clustering, extra=True),
         Entry(FineTune, run_fine_tune),
         Entry(LabelPropagation, run_label_propagation, "videos", seeded=False),
         Entry(Classification, run_classification, "images", seeded=False),
         Entry(Correspondence, run_correspondence, "pairs", seeded=False),
-        Entry(Loc2Vec, run_loc2vec, "maps", seeded=False),
+        Entry(Loc2Vec, run_loc2vec, "maps", seeded=False, extra=True),
     )
 }
 # What a spec must begin with; segmentation takes all that no other kind has for itself.
@@ -154,6 +156,14 @@ def run_protocol(
     return entry.run(encoder, *data.sets, protocol=settings, **options)
 
 
+def check_installed(protocols: Iterable[str]) -> None:
+    """ImportError when one of the protocols needs an extra that is not installed."""
+    needing = [name for name in protocols if PROTOCOLS[name].extra]
+    if needing and not all(find_spec(name) for name in ("sklearn", "scipy")):
+        needs = f"{', '.join(needing)}: scikit-learn is missing, pip install 'ssl-flow[eval]'"
+        raise ImportError(f"{needs} (or choose other protocols)")
+
+
 def parse_settings(protocols: Sequence[str], changes: Sequence[str]) -> dict[str, Settings]:
     """Protocol -> its settings, with changes such as `dense-knn.neighbours=20`.
 
@@ -172,6 +182,6 @@ def parse_settings(protocols: Sequence[str], changes: Sequence[str]) -> dict[str
             raise ValueError(f"--set {change}: write {name}.KEY=VALUE; keys: {', '.join(known)}")
         flags[name] += [f"--{key}", *shlex.split(value)]
     return {
-        name: tyro.cli(PROTOCOLS[name].settings, args=words, prog=f"--set {name}")
+        name: tyro.cli(PROTOCOLS[name].settings, args=words, prog=f"ssl-flow eval {name}")
         for name, words in flags.items()
     }

@@ -156,6 +156,8 @@ def show_run_command(argv: Sequence[str]) -> int:
     command = tyro.cli(ShowRunCommand, args=list(argv), prog="ssl-flow show run")
     out, runs = command.out, command.runs
     try:
+        if not runs:
+            raise ValueError("give one or more run folders; `ssl-flow train` prints them")
         if out.suffix != ".png" or not out.absolute().parent.is_dir():
             raise ValueError(f"--out {out}: expected a .png in a folder that is there")
         logs = [read_run(run) for run in runs]

@@ -20,7 +20,14 @@ from ssl_flow.evaluation.feature_cache import encoder_digest
 from ssl_flow.evaluation.loc2vec import check_tile, load_judged
 from ssl_flow.evaluation.outcome import Outcome, Settings, cell_path, load_cell, save_cell
 from ssl_flow.evaluation.pixel_features import check_features, estimate_on
-from ssl_flow.evaluation.protocols import PROTOCOLS, Data, fits, open_data, run_protocol
+from ssl_flow.evaluation.protocols import (
+    PROTOCOLS,
+    Data,
+    check_installed,
+    fits,
+    open_data,
+    run_protocol,
+)
 from ssl_flow.models import WeightsError, load_encoder, pick_device
 
 
@@ -29,25 +36,24 @@ class Options:
     """What all evaluation commands take."""
 
     encoders: Annotated[list[str], tyro.conf.arg(aliases=["--encoder"])]
-    """One row each: FOLDER | timm:NAME | random:NAME | torchvision:NAME | python:MODULE:FUNCTION |
-    handmade (for maps FOLDER | random:NAME | histograms), or a comma-joined list of encoders of one
-    method (its pretraining seeds), which become one row with their mean and spread. NAME=SPEC gives
-    the row another name."""
+    """One row each, of FOLDER, timm:NAME, torchvision:NAME, random:NAME, handmade,
+    python:MODULE:FUNCTION; for maps FOLDER, random:NAME, histograms. NAME=SPEC names
+    the row. A comma-joined list of encoders of one method (its pretraining seeds)
+    becomes one row with their mean and spread."""
     data: list[str]
-    """camvid:PATH | voc:PATH | cityscapes:PATH | ade20k:PATH | cocostuff:PATH | davis:PATH |
-    folder:PATH | synthetic | davis2016:PATH | imagefolder:PATH | middlebury:PATH | map:PATH, one
-    or several.
-    Each goes to the protocols that take it."""
+    """One or several of camvid:PATH, voc:PATH, cityscapes:PATH, ade20k:PATH, davis:PATH,
+    cocostuff:PATH, folder:PATH, synthetic, davis2016:PATH, imagefolder:PATH,
+    middlebury:PATH, map:PATH. Each goes to the protocols that take it."""
     out: Path
     """Folder for report.html, results.json, results.csv, results.md and cells/."""
     seeds: int = 1
-    """Runs per encoder: initialisations for random:NAME, seeds of the protocol for another single
-    encoder (one run where the protocol draws nothing). A comma-joined list has one a member."""
+    """Runs per encoder: initialisations for random:NAME, else seeds of the protocol
+    (one run where it draws nothing). A comma-joined list has one a member."""
     batchnorm_images: int = 64
     """Images that give random encoders their BatchNorm statistics."""
     cache: Path | None = None
-    """Folder that keeps the features for linear-probe on the disk (float16), so that further seeds
-    and calls read them; camvid with a ResNet-18: 4 GB. By default none are kept."""
+    """Folder that keeps the features for linear-probe on the disk (float16) for further
+    seeds and calls; camvid with a ResNet-18: 4 GB. By default none are kept."""
     device: str = "auto"
     """cpu, cuda, or auto."""
     json: bool = False
@@ -80,6 +86,7 @@ def plan(options: Options, settings: dict[str, Settings]) -> list[Cell]:
     for key in ("seeds", "batchnorm_images"):
         if getattr(options, key) < 1:
             raise ValueError(f"{key} = {getattr(options, key)}, expected 1 or more")
+    check_installed(settings)
     pick_device(options.device)
     sets = _open_all(options.data, settings)
     rows = [parse_row(text, options.seeds) for text in options.encoders]

@@ -21,7 +21,7 @@ from ssl_flow.evaluation.suite_report import write_results
 from ssl_flow.models import WeightsError
 
 _DEFAULT = ("linear-probe", "dense-knn", "clustering", "label-propagation", "classification",
-            "correspondence")  # fmt: skip
+            "correspondence", "loc2vec")  # fmt: skip
 
 
 @dataclass
@@ -75,9 +75,10 @@ def eval_command(argv: list[str]) -> int:
             settings = parse_settings(names, command.set)
         cells = plan(command, settings)
     except (ValueError, OSError, ImportError, WeightsError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     run_cells(cells, command)
     results, text = write_results(cells, command, shlex.join(["ssl-flow", "eval", *argv]))
     print(json.dumps(results, indent=2) if command.json else text)
+    print(f"report: {command.out / 'report.html'}", file=sys.stderr)
     return int(any(cell.error for cell in cells))

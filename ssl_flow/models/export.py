@@ -187,8 +187,8 @@ def export_command(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="ssl-flow export", description=__doc__)
     parser.add_argument("encoder", help="a run or encoder folder, timm:NAME, timm:NAME@FILE")
     parser.add_argument("out", type=Path, help="folder to write, must not exist")
-    parser.add_argument("--to", choices=FORMATS, required=True)
-    parser.add_argument("--licence", default="other", help="of the weights, for the card: mit")
+    parser.add_argument("--to", choices=FORMATS, required=True, help="what it is written for")
+    parser.add_argument("--licence", default="other", help="of the weights, e.g. mit (%(default)s)")
     parser.add_argument("--push", metavar="USER/NAME", help="upload to the Hugging Face Hub, too")
     options = parser.parse_args(argv)
     try:
@@ -199,7 +199,7 @@ def export_command(argv: list[str]) -> int:
         if options.push:
             _push(options.out, options.push)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        print(f"export: {error}", file=sys.stderr)
+        print(f"ssl-flow export: error: {error}", file=sys.stderr)
         return 2
     print(f"written: {options.out}")
     return 0

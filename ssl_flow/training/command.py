@@ -15,7 +15,9 @@ from ssl_flow.training.distributed import is_main_process
 from ssl_flow.training.loop import pretrain
 from ssl_flow.training.safety import CollapseError, Interrupted
 
-_REFUSALS = (ValueError, OSError, FloatingPointError, WeightsError, CollapseError, MemoryError)
+_REFUSALS = (
+    ValueError, OSError, ImportError, FloatingPointError, WeightsError, CollapseError, MemoryError,
+)  # fmt: skip
 
 
 def train_command(argv: list[str]) -> int:
@@ -39,10 +41,10 @@ def train_command(argv: list[str]) -> int:
         run = pretrain(config, known.resume)
     except Interrupted as stopped:
         if is_main_process():
-            print(f"train: {stopped}", file=sys.stderr)
+            print(f"ssl-flow train: {stopped}", file=sys.stderr)
         return stopped.exit_status
     except _REFUSALS as error:
-        print(f"train: {error}", file=sys.stderr)
+        print(f"ssl-flow train: error: {error}", file=sys.stderr)
         return 2
     if is_main_process():
         print(f"encoder: {run / 'encoder'}    report: {run / 'report.html'}")

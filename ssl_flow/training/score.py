@@ -64,6 +64,7 @@ def score_run(config: Config, device: torch.device) -> Callable[[Any, Path], Non
 
     Raises:
         ValueError, FileNotFoundError: `evaluation.data` cannot be used.
+        ImportError: what judges it is not installed.
     """
     spec, sets = config.evaluation.data, None
     on_map = config.data.store.startswith("map:")
@@ -73,6 +74,10 @@ def score_run(config: Config, device: torch.device) -> Callable[[Any, Path], Non
             "on map:PATH or not at all (none)"
         )
     if on_map:
+        if spec != "none":
+            from ssl_flow.evaluation.protocols import check_installed
+
+            check_installed(["loc2vec"])
         return partial(_score_map, config)
     if spec != "none":
         sets = open_segmentation(spec, "train"), open_segmentation(spec, "test")

@@ -63,5 +63,5 @@ def test_bad_geotiffs_are_named(tmp_path, monkeypatch):
 def test_without_rasterio_the_extra_is_named(tmp_path, monkeypatch):
     cv2.imwrite(str(tmp_path / "map.tif"), np.zeros((30, 40, 3), np.uint8))
     monkeypatch.setitem(sys.modules, "rasterio", None)
-    with pytest.raises(ImportError, match=r"map.tif: .*pip install ssl-flow\[geo\]"):
+    with pytest.raises(ImportError, match=r"map.tif: .*pip install 'ssl-flow\[geo\]'"):
         open_map(tmp_path / "map.tif")

@@ -195,7 +195,7 @@ def test_bad_extracts(tmp_path, capsys):
 def test_without_osmium_the_extra_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "osmium", None)
     assert main(["loc2vec", "rasterize", "x.osm.pbf", "--out", str(tmp_path / "out")]) == 2
-    assert "pip install ssl-flow[osm]" in capsys.readouterr().err
+    assert "pip install 'ssl-flow[osm]'" in capsys.readouterr().err
 
 
 def test_the_table():

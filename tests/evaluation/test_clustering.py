@@ -10,7 +10,7 @@ from sklearn.metrics import confusion_matrix, jaccard_score
 from ssl_flow.evaluation.clustering import Clustering, _match, _miou, _small_mask, run_clustering
 from ssl_flow.evaluation.intervals import interval_of_outcomes
 
-QUICK = Clustering(image_size=24, mask_size=24, overclusters=6, seeds=3, patches_per_cluster=400)
+QUICK = Clustering(image_size=24, mask_size=24, overclusters=6, runs=3, patches_per_cluster=400)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Number of distinct clusters"),
     pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning:sklearn"),
@@ -24,7 +24,7 @@ def test_features_that_hold_the_label_give_one():
         "miou": 1, "miou_std": 0, "overclustering_miou": 1, "overclustering_miou_std": 0
     }  # fmt: skip
     assert result.per_class == {"class0": 1, "class1": 1, "class2": 1}
-    assert result.counts.shape == (6, QUICK.seeds, 3, 3)
+    assert result.counts.shape == (6, QUICK.runs, 3, 3)
     assert (result.counts[:, :, 1].sum((0, 2)) == 6 * 24 * 24).all()
 
 
@@ -91,14 +91,14 @@ def test_options_and_seeds_change_something():
     noise = np.random.default_rng(0).integers(0, 255, (6, 24, 24, 3), np.uint8)
     data = label_set(masks(0, 6, cell=3), noise)
     run = lambda seed=0, **o: run_clustering(  # noqa: E731
-        FakeEncoder((2, 4)), data, data, Clustering(**{**vars(QUICK), "seeds": 2, **o}), seed
+        FakeEncoder((2, 4)), data, data, Clustering(**{**vars(QUICK), "runs": 2, **o}), seed
     )
     base = run()
     assert base.scores == run().scores and base.scores["overclustering_miou_std"] > 0
-    assert base.details["miou_of_seeds"][1] == run(seed=1, seeds=1).details["miou_of_seeds"][0]
+    assert base.details["miou_of_seeds"][1] == run(seed=1, runs=1).details["miou_of_seeds"][0]
     for other in (run(features="hypercolumn"), run(features="stage1"), run(image_size=16),
                   run(mask_size=12), run(overclusters=20), run(components=1), run(iterations=1),
-                  run(restarts=1), run(patches_per_cluster=5), run(seeds=3)):  # fmt: skip
+                  run(restarts=1), run(patches_per_cluster=5), run(runs=3)):  # fmt: skip
         assert other.scores != base.scores
     assert run(batch_images=1).scores == base.scores
 
@@ -118,8 +118,8 @@ def test_the_interval_is_that_of_the_mean_over_the_runs():
 
 def test_bad_input(monkeypatch):
     good = label_set(masks(0))
-    with pytest.raises(ValueError, match="seeds = 0, expected more than 0"):
-        Clustering(seeds=0)
+    with pytest.raises(ValueError, match="runs = 0, expected more than 0"):
+        Clustering(runs=0)
     with pytest.raises(ValueError, match="3456 patches cannot make overclusters = 5000"):
         run_clustering(FakeEncoder(), good, good, Clustering(image_size=24, overclusters=5000))
     with pytest.raises(ValueError, match="classes differ"):
@@ -129,5 +129,5 @@ def test_bad_input(monkeypatch):
     with pytest.raises(ValueError, match="features of fake0 are not finite"):
         run_clustering(broken, good, good, QUICK)
     monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
-    with pytest.raises(ImportError, match=r"pip install ssl-flow\[eval\]"):
+    with pytest.raises(ImportError, match=r"pip install 'ssl-flow\[eval\]'"):
         run_clustering(FakeEncoder(), good, good, QUICK)

@@ -121,6 +121,11 @@ def test_what_is_no_run_is_told_with_the_mend(tmp_path, capsys, make, message):
     assert not (tmp_path / "report.html").exists()
 
 
+def test_no_run_at_all_is_told(capsys):
+    assert main(["show", "run"]) == 2
+    assert "give one or more run folders" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("out", ["nowhere/runs.png", "runs.jpg"])
 def test_a_picture_that_cannot_be_written_is_told_first(tmp_path, capsys, out):
     run = str(make_run(tmp_path / "run"))

@@ -168,7 +168,7 @@ def test_every_segmentation_protocol_takes_an_encoder_without_weights(data, netw
               "linear-probe-bn.input_size=64", "linear-probe-bn.stride=64",
               "linear-probe-plain.epochs=1", "linear-probe-plain.batch_images=4",
               "linear-probe-plain.input_size=64", "clustering.image_size=64",
-              "clustering.overclusters=4", "clustering.seeds=1", "fine-tune.steps=2",
+              "clustering.overclusters=4", "clustering.runs=1", "fine-tune.steps=2",
               "fine-tune.crop=32"]  # fmt: skip
     assert main(words) == 0
     tables = json.loads((tmp_path / "out/results.json").read_text())["tables"]
@@ -221,7 +221,7 @@ def test_a_protocol_that_draws_nothing_runs_once(networks, tmp_path, calls, monk
         ({"--protocols": "guessing"}, "unknown protocol 'guessing'; known: linear-probe"),
         ({"--protocols": "label-propagation"}, "none of the protocols label-propagation takes"),
         ({"--set": "dense-knn.k=3"}, "keys: features, image_size"),
-        ({"--set": "clustering.seeds=3"}, "not among the protocols of this call"),
+        ({"--set": "clustering.runs=3"}, "not among the protocols of this call"),
         ({"--set": "dense-knn.neighbours=0"}, "neighbours = 0, expected more than 0"),
         ({"--set": "linear-probe.features=stage9"}, "has no features 'stage9'"),
         ({"--device": "abacus"}, "device 'abacus' cannot be used here"),
@@ -239,6 +239,16 @@ def test_bad_input_is_told_before_any_work(data, tmp_path, capsys, calls, change
         assert stop.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "o").exists() and not calls
+
+
+def test_a_missing_extra_is_told_before_any_work(data, tmp_path, capsys, calls, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    words = arguments(data, tmp_path / "o", "random:resnet18", protocols=("clustering",))[:-4]
+    assert main(words) == 2
+    assert "clustering: scikit-learn is missing, pip install 'ssl-flow[eval]'" in (
+        capsys.readouterr().err
+    )
+    assert not calls
 
 
 def test_help_names_protocols_and_settings(capsys):

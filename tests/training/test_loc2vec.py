@@ -153,6 +153,13 @@ def test_bad_input_is_told_before_any_work(place, tmp_path, capsys, options, mes
     assert not list(tmp_path.iterdir())
 
 
+def test_a_missing_extra_is_told_before_any_work(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert train(place, tmp_path, "--evaluation.data", f"map:{place}") == 2
+    assert "pip install 'ssl-flow[eval]'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 class Oracle(nn.Module):
     """Knows the class, or nothing."""
 
@@ -310,7 +317,7 @@ def test_bad_places_and_files_are_told(finished, place, tmp_path, capsys, monkey
 
     assert ".csv, .npy, .parquet" in embed("v.txt")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert "pip install ssl-flow[parquet]" in embed("v.parquet")
+    assert "pip install 'ssl-flow[parquet]'" in embed("v.parquet")
     wrong = tmp_path / "wrong.csv"
     for text, message in [("lon,lat\n11,0.5\n50,0.5", "row 1: 50, 0.5"),
                           ("x,y\n11,0.5", "expected lon and lat"), ("11,0.5\n11,", "line 2"),
