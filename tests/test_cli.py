@@ -30,6 +30,8 @@ def test_unknown_command_is_told_with_the_known_ones(capsys):
         "merge-flow",
         "show flow",
         "show run",
+        "show embedding",
+        "show heatmap",
         "train",
         "eval linear-probe",
         "eval suite",

@@ -78,7 +78,7 @@ def _show(command: ShowEmbeddingCommand) -> str:
     source, out = command.source, command.out
     if out.suffix not in (".mp4", ".png") or not out.absolute().parent.is_dir():
         raise ValueError(f"--out {out}: expected a .mp4 or .png in a folder that is there")
-    for name, low, high in (("max_frames", 1, 10**9), ("size", 16, 4096), ("groups", 0, 255)):
+    for name, low, high in (("max_frames", 1, 10**9), ("size", 16, 4096), ("groups", 0, 254)):
         if not low <= getattr(command, name) <= high:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} {getattr(command, name)}: expected {low} to {high}")

@@ -179,7 +179,8 @@ def draw(encoder: Encoder, shown: Shown, look: Look, tile: tuple[int, int]) -> n
 def draw_segments(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The grey image (H, W, 3) in the colours of its segments (H, W), with white borders."""
     grey = image.mean(2, keepdims=True) / 2
-    drawn = (grey + palette(256)[labels + 1]).clip(0, 255).astype(np.uint8)
+    colors = np.delete(palette(256), (0, 7), axis=0)  # black and grey would be no group
+    drawn: np.ndarray = (grey + colors[labels]).clip(0, 255).astype(np.uint8)
     border = np.zeros(labels.shape, bool)
     border[1:] |= labels[1:] != labels[:-1]
     border[:, 1:] |= labels[:, 1:] != labels[:, :-1]

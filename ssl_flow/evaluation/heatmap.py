@@ -62,14 +62,14 @@ def region_classifier(encoder: Encoder, image: np.ndarray, region: Region) -> tu
     difference of their mean features in the last level.
 
     Raises:
-        ValueError: the region's cells are the whole picture.
+        ValueError: they do not differ (the region's cells are the whole picture).
     """
     maps = encoder.features(_input(encoder, image))[-1]
     weight = _mean_of(maps, encoder.strides[-1], region) - maps[0].mean((1, 2))
     if weight.norm() <= 1e-6 * maps.norm():
         raise ValueError(
-            f"in the last level (stride {encoder.strides[-1]}) the region is the whole picture: "
-            "choose a smaller one, or --method similarity"
+            f"in the last level (stride {encoder.strides[-1]}) the region does not differ from the "
+            "whole picture: choose a smaller one, or --method similarity"
         )
     return weight[None], weight.new_zeros(1)
 
@@ -118,9 +118,8 @@ def class_map(
                 return _full(found, stride, found.new_ones(1), image)
             # Padded here, or the last line would be given the gradient of its copies below.
             sides = [-side % math.lcm(*encoder.strides) for side in image.shape[:2]]
-            images = F.pad(
-                images.detach(), (0, sides[1], 0, sides[0]), mode="replicate"
-            ).requires_grad_()
+            images = F.pad(images.detach(), (0, sides[1], 0, sides[0]), mode="replicate")
+            images.requires_grad_()
             kind = "GuidedBackprop" if method == "guided-backprop" else "Deconvolution"
             gradient = getattr(captum, kind)(classifier).attribute(images, index)
     largest: np.ndarray = gradient[0].detach().abs().amax(0).cpu().numpy()
@@ -192,8 +191,6 @@ def _mean_of(maps: Tensor, stride: int, region: Region) -> Tensor:
 def _full(maps: Tensor, stride: int, weight: Tensor, image: np.ndarray) -> np.ndarray:
     """weight (D,) . maps (1, D, h, w), brought to the image's resolution: (H, W) float32."""
     size = (image.shape[0], image.shape[1])
-    bias = weight.new_zeros(1)
-    full: np.ndarray = (
-        project_levels([maps], [stride], weight[None], bias, size)[0, 0].cpu().numpy()
-    )
-    return full
+    full = project_levels([maps], [stride], weight[None], weight.new_zeros(1), size)
+    values: np.ndarray = full[0, 0].cpu().numpy()
+    return values

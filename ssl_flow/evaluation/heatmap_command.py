@@ -127,8 +127,8 @@ def _region(command: ShowHeatmapCommand, image: np.ndarray) -> tuple[int, int, i
         return 0, 0, width, height
     text, form = (command.at, "x,y") if command.at else (command.region or "", "x0,y0,x1,y1")
     parts = text.split(",")
-    if len(parts) != form.count(",") + 1 or not all(part.strip().isdecimal() for part in parts):
-        raise ValueError(f"{text!r}: expected {form}, whole pixels from the top left, no spaces")
+    if len(parts) != form.count(",") + 1 or not all(part.isdecimal() for part in parts):
+        raise ValueError(f"{text!r}: expected {form}, whole pixels from the top left")
     x0, y0 = int(parts[0]), int(parts[1])
     x1, y1 = (int(parts[2]), int(parts[3])) if len(parts) == 4 else (x0 + 1, y0 + 1)
     if not (x0 < x1 <= width and y0 < y1 <= height):

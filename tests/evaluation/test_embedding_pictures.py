@@ -229,7 +229,7 @@ def test_damage_is_told_and_the_rest_shown(encoder, tmp_path, capsys):
         (["--out", "a.avi"], "expected a .mp4 or .png in a folder"),
         (["--out", "none/a.mp4"], "expected a .mp4 or .png in a folder"),
         (["--max-frames", "0"], "--max-frames 0: expected 1 to"),
-        (["--groups", "256"], "--groups 256: expected 0 to 255"),
+        (["--groups", "256"], "--groups 256: expected 0 to 254"),
         (["--size", "8"], "--size 8: expected 16 to"),
         (["--gap", "0"], "--gap 0.0: expected seconds above 0"),
         (["--gap", "9"], "no two frames 9 s apart"),

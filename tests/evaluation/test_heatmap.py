@@ -151,7 +151,7 @@ def test_a_region_is_an_example_of_its_class():
     weight, bias = region_classifier(network, image, BOX)
     cam = class_map(network, image, "cam", weight, bias, 0)
     assert cam[16:40, 8:24].mean() > cam.mean()
-    with pytest.raises(ValueError, match="the region is the whole picture"):
+    with pytest.raises(ValueError, match="the region does not differ from the whole"):
         region_classifier(network, image, (0, 0, 96, 64))
 
 
