@@ -13,6 +13,7 @@ of the encoder (of a ViT the tokens of its patches) and w (K, C) a linear classi
   positive part of CAM, but for the factor (their appendix A).
 - grad-cam++: Chattopadhay et al., "Grad-CAM++", WACV 2018: the class score is exp(s), and
   a_c = sum_ij alpha_ij relu(g), alpha_ij = g^2 / (2 g^2 + g^3 sum A_c), g = ds/dA_c = w_c / (h w).
+  Meant for A >= 0, as a ReLU leaves it: else the denominator can come near to 0.
 - guided-backprop: ds / d(image), where each ReLU lets only positive gradients through, of positive
   inputs. Springenberg et al., "Striving for Simplicity", ICLR 2015 workshop.
 - deconvolution: as before, of any input. Zeiler & Fergus, "Visualizing and Understanding
