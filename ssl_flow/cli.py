@@ -13,6 +13,16 @@ _COMMANDS = {
     "merge-flow": ("ssl_flow.flow.merge", "merge_command", "several stores -> one"),
     "show flow": ("ssl_flow.flow.show", "show_flow_command", "a store -> a sheet of pictures"),
     "show run": ("ssl_flow.evaluation.report", "show_run_command", "runs -> curves and report"),
+    "show embedding": (
+        "ssl_flow.evaluation.embedding_command",
+        "show_embedding_command",
+        "a video -> what an encoder sees in it",
+    ),
+    "show heatmap": (
+        "ssl_flow.evaluation.heatmap_command",
+        "show_heatmap_command",
+        "an image -> what is alike, what speaks for a class",
+    ),
     "train": ("ssl_flow.training.command", "train_command", "a store -> an encoder with a score"),
     "eval": ("ssl_flow.evaluation.suite_command", "eval_command", "encoders, data -> a report"),
     "export": ("ssl_flow.models.export", "export_command", "an encoder -> other libraries' files"),

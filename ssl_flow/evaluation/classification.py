@@ -140,6 +140,16 @@ def knn_votes(
     return torch.cat(rows)
 
 
+def fit_classifier(
+    encoder: Encoder, train_set: ClassificationSet, protocol: Classification | None = None
+) -> tuple[Tensor, Tensor]:
+    """Weight (K, C) and bias (K,) of the protocol's linear classifier; raises as all protocols."""
+    protocol = protocol or Classification()
+    with frozen(encoder):
+        train, labels, _ = _pooled(encoder, train_set, protocol, "train features")
+    return fit_linear(train, labels, len(train_set.classes), protocol)
+
+
 def fit_linear(
     features: Tensor, labels: Tensor, classes: int, protocol: Classification
 ) -> tuple[Tensor, Tensor]:

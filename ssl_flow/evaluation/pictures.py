@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Tile = tuple[int, int]  # height, width
@@ -73,18 +74,33 @@ def data_uri(picture: np.ndarray | bytes, flat: bool = False) -> str:
 
 
 def pca_rgb(embedding: Tensor) -> np.ndarray:
-    """(B, D, H, W) embeddings -> (B, H, W, 3) uint8: three principal components of the batch.
+    """(B, D, H, W) embeddings -> (B, H, W, 3) uint8: three principal components of the batch."""
+    batch, dim, height, width = embedding.shape
+    pixels = embedding.detach().float().cpu().permute(0, 2, 3, 1).reshape(-1, dim).nan_to_num()
+    weight, bias = fit_colors(pixels)
+    colors = (pixels @ weight.T + bias).clamp(0, 1) * 255
+    picture: np.ndarray = colors.byte().view(batch, height, width, 3).numpy()
+    return picture
 
+
+def fit_colors(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight (3, D) and bias (3,) that make RGB in 0..1 of vectors: three principal components.
+
+    The 1st to the 99th percentile of the finite `pixels` (N, D), on the CPU, fill a colour's range.
     With D = 2 the third colour stays dark.
     """
-    batch, dim, height, width = embedding.shape
-    embedding = embedding.detach().float().cpu().nan_to_num()  # a decomposition of NaN raises
-    pixels = embedding.permute(0, 2, 3, 1).reshape(-1, dim)
-    pixels = pixels - pixels.mean(0)
-    _, basis = torch.linalg.eigh(pixels.T @ pixels)  # ascending
-    projected = pixels @ basis[:, -3:].flip(1)
-    low, high = projected.quantile(0.01, dim=0), projected.quantile(0.99, dim=0)
-    scaled = ((projected - low) / (high - low).clamp(min=1e-9)).clamp(0, 1) * 255
-    scaled = torch.nn.functional.pad(scaled, (0, 3 - scaled.shape[1]))
-    picture: np.ndarray = scaled.byte().view(batch, height, width, 3).numpy()
-    return picture
+    mean = pixels.mean(0)
+    centred = pixels - mean
+    if pixels.shape[1] > 256:  # the exact decomposition takes all dimensions at once
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            rank = min(12, len(pixels))
+            basis = torch.pca_lowrank(centred, rank, center=False, niter=6)[2][:, :3]
+    else:
+        basis = torch.linalg.eigh(centred.T @ centred)[1][:, -3:].flip(1)  # ascending
+    low, high = (centred @ basis).quantile(torch.tensor([0.01, 0.99]), dim=0)
+    # Below this it would be rounding errors that are drawn.
+    span = (high - low).clamp(min=1e-4 * float(pixels.abs().max()) + 1e-9)
+    missing = (0, 3 - basis.shape[1])
+    weight = F.pad((basis / span), missing).T
+    return weight, -F.pad(low / span, missing) - weight @ mean

@@ -217,13 +217,6 @@ def joint_maps(encoder: Encoder, images: np.ndarray) -> tuple[Tensor, int]:
 
 def pca_tiles(maps: Tensor, tile: Tile) -> list[np.ndarray]:
     """Three principal components over all images as colours, one (H, W, 3) uint8 an image."""
-    if maps.shape[1] > 256:  # the decomposition below takes all dimensions at once
-        batch, dim, height, width = maps.shape
-        pixels = maps.permute(0, 2, 3, 1).reshape(-1, dim)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            _, _, basis = torch.pca_lowrank(pixels, q=12, niter=6)
-        maps = (pixels @ basis).view(batch, height, width, -1).permute(0, 3, 1, 2)
     return [_enlarge(picture, tile) for picture in pca_rgb(maps)]
 
 
