@@ -47,7 +47,7 @@ def _linked(path: str) -> str:
     return f"linked/{path}" if path.endswith(".md") else f"linked/{path}.md"
 
 
-def on_page_content(content: str, **_: object) -> str:
+def on_page_content(content: str, page: Page, **_: object) -> str:
     """Formulas -> MathML; Sphinx's roles in docstrings -> code."""
 
     def formula(match: re.Match[str]) -> str:
@@ -55,4 +55,8 @@ def on_page_content(content: str, **_: object) -> str:
         display = "inline" if kind == "(" else "block"
         return f"<{tag}>{convert(html.unescape(latex).strip(), display=display)}</{tag}>"
 
-    return _ROLE.sub(r"<code>\1</code>", _FORMULA.sub(formula, content))
+    content = _FORMULA.sub(formula, content)
+    wanted, made = (page.markdown or "").count("```math"), content.count('display="block"')
+    if made != wanted or "merror" in content:
+        _log.warning("%s: %d of %d formulas became MathML", page.file.src_uri, made, wanted)
+    return _ROLE.sub(r"<code>\1</code>", content)
