@@ -97,7 +97,8 @@ def explain_out_of_memory(config: Config) -> Iterator[None]:
             raise
         train = config.train
         probes = (
-            "; in a linear probe: evaluation.every 0, or evaluation.data none and `ssl-flow eval linear-probe`"
+            "; in a linear probe: evaluation.every 0, or evaluation.data none and "
+            "`ssl-flow eval linear-probe`"
         )
         raise MemoryAdvice(
             "out of memory. Less is needed with: a higher train.accumulate (now "
