@@ -74,8 +74,6 @@ def _show(command: ShowHeatmapCommand) -> str:
     image, method, out = read_image(command.image), command.method, command.out
     if out.suffix != ".png":
         out = out / f"{command.image.stem}_{method}.png"
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"--out {command.out}: there is no folder {out.parent}")
     if command.size < 16:
         raise ValueError(f"--size {command.size}: expected 16 pixels or more")
     region = _region(command, image)
@@ -83,6 +81,7 @@ def _show(command: ShowHeatmapCommand) -> str:
     wanted = head.index_of(command.class_) if head and command.class_ is not None else None
     encoder: Any = load_encoder(command.encoder).to(pick_device(command.device))
     check_method(encoder, method)
+    out.parent.mkdir(parents=True, exist_ok=True)
     small = shrunk(image, command.size)
     estimate_random(encoder, command.encoder, [small])
     height, width = (a / b for a, b in zip(small.shape[:2], image.shape[:2], strict=True))
