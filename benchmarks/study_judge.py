@@ -3,6 +3,9 @@
 DAVIS: the training sequences, each in turn held out of the fit of a linear probe. CamVid: the
 training split, fitted on two drives and scored on the third. Hypercolumn at stride 4, masks at the
 same grid, so the figures are not those of `ssl-flow eval linear-probe`.
+
+The encoder must not have learned from DAVIS at all, without labels either: held-out scenes whose
+frames it has seen score far higher than unseen ones (docs/experiments.md).
 """
 
 from __future__ import annotations

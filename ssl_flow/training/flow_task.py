@@ -24,7 +24,7 @@ from ssl_flow.training.initial import initialize
 from ssl_flow.training.monitors import embedding_std
 
 OBJECTIVES = ("cross_entropy", "kernel_alignment", "regression")
-EDGES = 7.5  # in the ridge term; chosen in docs/experiments.md (`ridge=0.4,edges=3` there)
+EDGES = 7.5  # in the ridge term: what docs/experiments.md has as `ridge=0.4,edges=3`
 
 
 class Batch(NamedTuple):
