@@ -3,6 +3,11 @@
 import os
 import signal
 
+# Tests in parallel (pytest -n): one thread each, or they and what they start wait for one another.
+# Before torch, which reads the variable.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 # Before anything imports Triton: without a CUDA device its kernels run interpreted, on the CPU.
