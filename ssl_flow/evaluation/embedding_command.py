@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -24,8 +23,9 @@ from ssl_flow.evaluation.embedding_pictures import (
     shown_frames,
 )
 from ssl_flow.evaluation.pixel_features import bar, spread
+from ssl_flow.evaluation.refusal import told
 from ssl_flow.flow.shard import replacing, write_atomically
-from ssl_flow.models import WeightsError, load_encoder, pick_device
+from ssl_flow.models import load_encoder, pick_device
 
 _ROWS = 4  # frames of a sheet
 _CODECS = {  # what plays nearly everywhere first; a build of FFmpeg need not have the first two
@@ -65,13 +65,9 @@ class ShowEmbeddingCommand:
 
 def show_embedding_command(argv: Sequence[str]) -> int:
     """Run `ssl-flow show embedding`; returns the exit code: 0, or 2 for input it cannot use."""
-    command = tyro.cli(ShowEmbeddingCommand, args=list(argv), prog="ssl-flow show embedding")
-    try:
-        print(_show(command))
-    except (ValueError, OSError, ImportError, WeightsError) as error:
-        print(f"ssl-flow show embedding: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    prog = "ssl-flow show embedding"
+    command = tyro.cli(ShowEmbeddingCommand, args=list(argv), prog=prog)
+    return told(prog, lambda: _show(command))
 
 
 def _show(command: ShowEmbeddingCommand) -> str:

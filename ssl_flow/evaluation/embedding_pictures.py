@@ -30,7 +30,7 @@ from ssl_flow.flow import FlowStore, optical_flow
 from ssl_flow.flow.codec import flow_to_rgb
 from ssl_flow.flow.pairs import pair_frames
 from ssl_flow.flow.store import SETTINGS_FILE
-from ssl_flow.flow.video import IMAGE_EXTENSIONS, VideoError, read_frames
+from ssl_flow.flow.video import IMAGE_EXTENSIONS, VideoError, read_frames, shrunk_size
 from ssl_flow.models.encoder import EMBEDDING_STRIDE, Encoder
 
 _FITTED = 2**25  # numbers that colours and groups are fitted on at most: 128 MiB
@@ -80,10 +80,9 @@ def shown_frames(path: Path, size: int, gap: float, include: Sequence[str] = ())
 
 def shrunk(image: np.ndarray, size: int) -> np.ndarray:
     """(H, W, 3) brought to a shorter side of `size` pixels, never enlarged."""
-    height, width = image.shape[:2]
-    scale = min(1.0, size / min(height, width))
-    new = (max(1, round(width * scale)), max(1, round(height * scale)))
-    return image if scale == 1 else cv2.resize(image, new, interpolation=cv2.INTER_AREA)
+    old = image.shape[1], image.shape[0]
+    new = shrunk_size(*old, size)
+    return image if new == old else cv2.resize(image, new, interpolation=cv2.INTER_AREA)
 
 
 def sample_frames(frames: Iterable[Shown], most: int = 32) -> tuple[list[Shown], list[float]]:

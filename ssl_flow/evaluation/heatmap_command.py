@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,8 +23,9 @@ from ssl_flow.evaluation.heatmap import (
     similarity,
 )
 from ssl_flow.evaluation.linear_head import Head, open_head, save_head
+from ssl_flow.evaluation.refusal import told
 from ssl_flow.flow.shard import write_atomically
-from ssl_flow.models import WeightsError, load_encoder, pick_device
+from ssl_flow.models import load_encoder, pick_device
 
 
 @dataclass
@@ -61,13 +61,9 @@ class ShowHeatmapCommand:
 
 def show_heatmap_command(argv: Sequence[str]) -> int:
     """Run `ssl-flow show heatmap`; returns the exit code: 0, or 2 for input it cannot use."""
-    command = tyro.cli(ShowHeatmapCommand, args=list(argv), prog="ssl-flow show heatmap")
-    try:
-        print(_show(command))
-    except (ValueError, OSError, ImportError, WeightsError) as error:
-        print(f"ssl-flow show heatmap: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    prog = "ssl-flow show heatmap"
+    command = tyro.cli(ShowHeatmapCommand, args=list(argv), prog=prog)
+    return told(prog, lambda: _show(command))
 
 
 def _show(command: ShowHeatmapCommand) -> str:

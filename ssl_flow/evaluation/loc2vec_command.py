@@ -8,7 +8,6 @@ import io
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +19,9 @@ from ssl_flow.data.georeference import great_circle
 from ssl_flow.data.open_map import open_map_spec
 from ssl_flow.evaluation.feature_cache import encoder_digest
 from ssl_flow.evaluation.loc2vec import embed_tiles, load_judged
+from ssl_flow.evaluation.refusal import told
 from ssl_flow.flow.shard import write_atomically
-from ssl_flow.models import WeightsError, pick_device
+from ssl_flow.models import pick_device
 
 _PART = 4096  # places between two saves
 _KINDS = (".csv", ".npy", ".parquet")
@@ -66,23 +66,16 @@ class Neighbours:
 
 def embed_command(argv: list[str]) -> int:
     """Run `ssl-flow loc2vec embed`; 2 for bad input, told on stderr."""
-    command = tyro.cli(Embed, args=argv, prog="ssl-flow loc2vec embed")
-    return _told("embed", lambda: _embed(command))
+    prog = "ssl-flow loc2vec embed"
+    command = tyro.cli(Embed, args=argv, prog=prog)
+    return told(prog, lambda: _embed(command))
 
 
 def neighbours_command(argv: list[str]) -> int:
     """Run `ssl-flow loc2vec neighbours`; 2 for bad input, told on stderr."""
-    command = tyro.cli(Neighbours, args=argv, prog="ssl-flow loc2vec neighbours")
-    return _told("neighbours", lambda: _neighbours(command))
-
-
-def _told(name: str, work: Callable[[], None]) -> int:
-    try:
-        work()
-    except (ValueError, OSError, ImportError, WeightsError) as error:
-        print(f"ssl-flow loc2vec {name}: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    prog = "ssl-flow loc2vec neighbours"
+    command = tyro.cli(Neighbours, args=argv, prog=prog)
+    return told(prog, lambda: _neighbours(command))
 
 
 def _embed(command: Embed) -> None:

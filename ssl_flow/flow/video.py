@@ -130,7 +130,7 @@ def _read_folder(
         except VideoError as error:
             bad.append(f"{file.name} {error}")
             continue
-        size = _shrunk(image.shape[1], image.shape[0], short_side)
+        size = shrunk_size(image.shape[1], image.shape[0], short_side)
         if size[::-1] != image.shape[:2]:
             image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)  # type: ignore[assignment]
         rgb = np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), dtype=np.uint8)
@@ -256,7 +256,7 @@ def _to_rgb(
             height = max(round(height / aspect), 1)
         else:
             width = max(round(width * aspect), 1)
-    width, height = _shrunk(width, height, short_side)
+    width, height = shrunk_size(width, height, short_side)
     small = reformatter.reformat(
         raw, width=width, height=height, format="rgb24", interpolation="AREA"
     )
@@ -266,7 +266,8 @@ def _to_rgb(
     return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
 
 
-def _shrunk(width: int, height: int, short_side: int | None) -> tuple[int, int]:
+def shrunk_size(width: int, height: int, short_side: int | None) -> tuple[int, int]:
+    """Width and height in pixels brought to a shorter side (None: as they are), never enlarged."""
     shorter = min(width, height)
     if short_side is None or shorter <= short_side:
         return width, height
