@@ -84,8 +84,7 @@ class LossConfig:
     flow_normalization: Literal["standardize", "log", "none"] = "standardize"
     """Per image: zero mean and unit deviation; log compression to [-1, 1]; pixels as they are."""
     ridge_weight: float = 0.0
-    """Weight of a second term: the share of the flow and of its edges that no linear map of the
-    embedding explains; 0 = off."""
+    """Weight of a second term: the flow that no linear map of the embedding explains; 0 = off."""
 
 
 @dataclass(frozen=True)

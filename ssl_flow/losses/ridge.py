@@ -1,19 +1,15 @@
 """The ridge-regression flow loss: can an image's flow be read linearly from its embedding?
 
 Source: Araslanov, Sonnweber, Cremers, "FlowFeat: Pixel-Dense Embedding of Motion Profiles",
-NeurIPS 2025, arXiv 2511.07696: the regression, its L1 error and (``edges``) that of the flow's
-spatial differences. The paper fits on the features of an averaged teacher (``fit``).
+NeurIPS 2025, arXiv 2511.07696. Of its objective this is the regression with its L1 error; the
+paper adds the error of the flow's spatial differences and fits on the features of an averaged
+teacher (``fit``).
 
 Per image, with weights that sum to 1 over the pixels fitted on and means taken with them::
 
     A = (E_c^T W E_c + ridge (tr(E^T W E) / D) I)^-1 E_c^T W F_c     E_c = E - mean(E), F_c likewise
     prediction(u) = mean(F) + (e_u - mean(E)) A
-    error = sum_u w_u |f_u - prediction(u)| / sum_u w_u |f_u - mean(F)|     u: pixels scored on
-    edge error = sum_uv w_uv |d_uv - (e_u - e_v) A| / sum_uv w_uv |d_uv|
-    loss = (error + edges * edge error) / (1 + edges)
-
-with d_uv = f_u - f_v and w_uv = min(w_u, w_v) over all horizontal and vertical neighbours, for
-which the map is fitted on all pixels of the image (or of ``fit``).
+    loss = sum_u w_u |f_u - prediction(u)| / sum_u w_u |f_u - mean(F)|     u: pixels scored on
 
 The penalty is relative to the embedding's size *before* centring. So a motion that shows only in
 small ripples on one constant vector can't be read out: the embedding has to spend its range on it.
@@ -38,21 +34,17 @@ class RidgeFlowLoss(torch.nn.Module):
     Args:
         ridge: penalty on the slopes, not on the intercept, relative to the mean square of the
             embedding's components; so the number of pixels doesn't matter.
-        edges: weight of the error of differences between neighbouring pixels, beside 1 for that of
-            the flow: where things end, which is few pixels and so little of the error.
 
     Raises:
-        ValueError: if ``ridge`` isn't a positive number, or ``edges`` is negative.
+        ValueError: if ``ridge`` isn't a positive number.
     """
 
-    def __init__(self, ridge: float = 0.1, edges: float = 0.0) -> None:
-        """Check and keep the options; see the class."""
+    def __init__(self, ridge: float = 0.1) -> None:
+        """Check and keep the option; see the class."""
         super().__init__()
         if not (math.isfinite(ridge) and ridge > 0):
             raise ValueError(f"ridge must be a positive finite number, found {ridge}")
-        if not (math.isfinite(edges) and edges >= 0):
-            raise ValueError(f"edges must be 0 or a positive finite number, found {edges}")
-        self.ridge, self.edges = float(ridge), float(edges)
+        self.ridge = float(ridge)
 
     def forward(
         self,
@@ -87,7 +79,7 @@ class RidgeFlowLoss(torch.nn.Module):
             usable pixels to fit and to score on, or whose flow there is one constant.
         """
         with torch.autocast(embedding.device.type, enabled=False):
-            here, grid = pixels(embedding, flow, weight), flow.shape[-2:]
+            here = pixels(embedding, flow, weight)
             if fit is not None:
                 there = pixels(*fit)
                 if fit[0].shape[:2] != embedding.shape[:2] or fit[0].device != embedding.device:
@@ -96,19 +88,17 @@ class RidgeFlowLoss(torch.nn.Module):
                         f"{tuple(fit[0].shape)} on {fit[0].device} and {tuple(embedding.shape)} on "
                         f"{embedding.device}"
                     )
-                loss = _ratio(*self._errors(there, here))
-                return self._with_edges(loss, there, here, grid) * here.poison * there.poison
+                return _ratio(*self._errors(there, here)) * here.poison * there.poison
             w = here.weight
             coin = torch.rand(w[:, ::2].shape, device=w.device) < 0.5  # whose are 2k and 2k + 1?
             half = torch.stack([coin, ~coin], -1).flatten(1)[:, : w.shape[1]]
             one, other = here._replace(weight=w * half), here._replace(weight=w * ~half)
             forth, back = self._errors(one, other), self._errors(other, one)
-            loss = _ratio(*(a + b for a, b in zip(forth, back, strict=True)))
-            return self._with_edges(loss, here, here, grid) * here.poison
+            return _ratio(*(a + b for a, b in zip(forth, back, strict=True))) * here.poison
 
     def extra_repr(self) -> str:
-        """The options, for ``print``."""
-        return f"ridge={self.ridge}, edges={self.edges}"
+        """The option, for ``print``."""
+        return f"ridge={self.ridge}"
 
     def _errors(self, fit: Pixels, score: Pixels) -> tuple[Tensor, Tensor, Tensor]:
         """Summed errors of the linear and of the constant prediction, and their weight, (B,)."""
@@ -118,23 +108,6 @@ class RidgeFlowLoss(torch.nn.Module):
         residuals = flow - torch.baddbmm(intercept, e, slope), flow - mean_flow
         error, baseline = ((w[:, None] @ r.abs()).sum((1, 2)) for r in residuals)
         return error, baseline, w.sum(1)
-
-    def _with_edges(self, loss: Tensor, fit: Pixels, score: Pixels, grid: torch.Size) -> Tensor:
-        """The loss, (B,), averaged with the error of neighbours' differences as `edges` weighs."""
-        if not self.edges:
-            return loss
-        slope, _, _ = fit_ridge(*fit[:3], self.ridge)
-        e, flow, w, _ = score
-        w = (w * (fit.weight.sum(1, keepdim=True) > 0)).unflatten(1, grid)
-        # (B, H, W, 4): the flow, and what of it the map leaves; the intercept is in no difference.
-        maps = torch.cat([flow, flow - e @ slope], -1).unflatten(1, grid)
-        across, down = maps.diff(dim=2).abs(), maps.diff(dim=1).abs()
-        w_across = torch.minimum(w[:, :, 1:], w[:, :, :-1])
-        w_down = torch.minimum(w[:, 1:], w[:, :-1])
-        sums = (across * w_across[..., None]).sum((1, 2)) + (down * w_down[..., None]).sum((1, 2))
-        total = w_across.sum((1, 2)) + w_down.sum((1, 2))
-        edge = _ratio(sums[:, 2:].sum(1), sums[:, :2].sum(1), total)
-        return (loss + self.edges * edge) / (1 + self.edges)
 
 
 def fit_ridge(e: Tensor, flow: Tensor, w: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,7 +24,6 @@ from ssl_flow.training.initial import initialize
 from ssl_flow.training.monitors import embedding_std
 
 OBJECTIVES = ("cross_entropy", "kernel_alignment", "regression")
-EDGES = 7.5  # in the ridge term: what docs/experiments.md has as `ridge=0.4,edges=3`
 
 
 class Batch(NamedTuple):
@@ -51,7 +50,7 @@ class Objective(nn.Module):
         """`amp_type`: of the encoder's autocast, None = off; the losses take care of themselves."""
         super().__init__()
         self.encoder, self.loss, self.amp_type = encoder, loss, amp_type
-        self.ridge, self.ridge_weight = RidgeFlowLoss(edges=EDGES), ridge_weight
+        self.ridge, self.ridge_weight = RidgeFlowLoss(), ridge_weight
 
     def forward(self, images: Tensor, flow: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         """Shapes as in `Batch`; a scalar, (B, D, H/4, W/4), the ridge term in the scalar."""

@@ -18,7 +18,7 @@ from ssl_flow.models import create_encoder
 from ssl_flow.training import loop, pretrain
 from ssl_flow.training.batches import Share, crop_side, make_loader, reading
 from ssl_flow.training.distributed import World
-from ssl_flow.training.flow_task import EDGES, Batch, FlowTask, Objective
+from ssl_flow.training.flow_task import Batch, FlowTask, Objective
 from ssl_flow.training.initial import checkpoint_activations, try_step
 from ssl_flow.training.step import (
     Shadow,
@@ -88,8 +88,7 @@ def test_the_ridge_term_is_added_with_its_weight():
         return function()
 
     loss, embedding, ridge = again(lambda: module(*data))
-    ridge_loss = RidgeFlowLoss(edges=EDGES)
-    expected = float(again(lambda: ridge_loss(embedding.detach(), data.flow, data.weight)))
+    expected = float(again(lambda: RidgeFlowLoss()(embedding.detach(), data.flow, data.weight)))
     assert 0.5 < expected == pytest.approx(float(ridge))
     assert not ridge.requires_grad
     assert float(loss) == pytest.approx(float(plain(*data)[0]) + 0.5 * expected, rel=1e-5)
