@@ -14,11 +14,6 @@ than other places: InfoNCE). With `--ema` the other crop is seen by the averaged
 judged, too. Further stores (`--store A,B`) hold other gaps of the same frames: the loss is the mean
 over them.
 
-`moving` is the cross-entropy of one linear classifier of all embeddings, which pixels move against
-the frame's dominant affine motion; `bridge` the ridge error of the same, with one map for the
-batch; `cmoving` is `moving` with the motion of the crop alone. `--paste` puts moving pixels of
-other images of the batch over some. `--include` takes some sources of the store.
-
 Crops are `--crop` pixels high and `--width` (0: as many) wide; with `--start-crop` they grow.
 
 Learns for so many processor minutes on one thread, whatever else the machine does. Judged is by
@@ -40,7 +35,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from study_judge import judge
-from study_moving import moving, moving_crop, paste
 from torch import Tensor, nn
 
 from ssl_flow.config import Config, TrainConfig
@@ -57,7 +51,6 @@ NUMBERS = {
     "cpu-minutes": 4.0, "lr": 1e-3, "weight-decay": 0.05, "ema": 0.0, "min-scale": 0.3,
     "jitter": 0.4, "scale": 1.0, "sigma": 0.5, "tau-e": 0.1, "tau-f": 0.1, "crop": 128, "batch": 16,
     "dim": 16, "width": 0, "start-crop": 0, "hidden": 128, "views": 1, "samples": 0, "seed": 0,
-    "paste": 0.0,
 }  # fmt: skip
 OBJECTIVES = ("cross_entropy", "kernel_alignment", "regression")
 
@@ -68,16 +61,13 @@ class Views:
     def __init__(self, options: argparse.Namespace) -> None:
         """Open the stores; a frame that a further one lacks keeps the flow of the first."""
         self.options = options
-        names = options.include.split(",") if options.include else None
-        self.stores = [FlowStore(path, names) for path in options.store.split(",")]
+        self.stores = [FlowStore(path) for path in options.store.split(",")]
         self.order = FlowPairs(self.stores[0], length=0, seed=options.seed)
-        self.moving = any(t.startswith(("moving", "bridge")) for t in options.terms.split(","))
-        self.known: dict[int, np.ndarray] = {}
         self.places = [{place(store[i]): i for i in range(len(store))} for store in self.stores[1:]]
 
     def batch(self, first: int, count: int) -> tuple[list[Windows], Tensor]:
         """The windows with each store's flow, view by view; (B, 4): left, top, width, height."""
-        windows: list[list[Window]] = [[] for _ in range(len(self.stores) + self.moving)]
+        windows: list[list[Window]] = [[] for _ in self.stores]
         boxes = []
         examples = [self._example(k) for k in range(first, first + count)]
         for view in range(self.options.views):
@@ -89,19 +79,11 @@ class Views:
         return [collate(some) for some in windows], torch.tensor(boxes)
 
     def _example(self, k: int) -> list[tuple[list[float], list[Window]]]:
-        index = self.order.pair_index(k)
-        first = self.stores[0][index]
+        first = self.stores[0][self.order.pair_index(k)]
         key = place(first)
         samples = [first]
         for store, known in zip(self.stores[1:], self.places, strict=True):
             samples.append(store[known[key]] if key in known else first)
-        if self.moving:
-            if index not in self.known:
-                m = moving(first)
-                self.known[index] = np.where(m.valid, m.flow[..., 1], 0).astype(np.int8)
-            sign = self.known[index]
-            flow = np.stack([np.zeros_like(sign), sign], -1).astype(np.float32)
-            samples.append(Sample(first.frame, flow, sign != 0, first.meta))
         rng = np.random.default_rng((self.options.seed, 2, k))
         views = []
         for _ in range(self.options.views):
@@ -146,8 +128,6 @@ class Terms:
         parts = [term.partition("=") for term in options.terms.split(",")]
         self.weights = {name: float(weight or 1) for name, _, weight in parts}
         self.options, self.ridge = options, RidgeFlowLoss()
-        linear = {"moving", "cmoving"} & self.weights.keys()
-        self.head = nn.Conv2d(options.dim, 1, 1) if linear else nn.Identity()
         self.losses = {
             name: CrossPixelFlowLoss(
                 objective=name,
@@ -181,26 +161,6 @@ class Terms:
                 half = len(weight) // 2
                 fit = (other, both.roll(half, 0), weight.roll(half, 0))
                 total = total + share * self.ridge(embedding, both, weight, fit)
-        return total
-
-    def moving_terms(self, embedding: Tensor, pair: Pair) -> Tensor:
-        """Those that ask which pixels move against the camera, with one answer for all images."""
-        total = torch.zeros(())
-        if "cmoving" in self.weights:
-            moves, clear, _ = moving_crop(pair.flow, pair.weight)
-            target, w = moves.float(), pair.weight * clear
-        else:
-            target, w = (pair.flow[:, 1] > 0).float(), pair.weight
-        for name in ("moving", "cmoving"):
-            if name not in self.weights:
-                continue
-            logits = self.head(embedding)[:, 0]
-            loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-            total = total + self.weights[name] * (loss * w).sum() / w.sum().clamp(min=1)
-        if "bridge" in self.weights:
-            flow = torch.stack([0 * target, 2 * target - 1], 1)
-            one = [m.transpose(0, 1).flatten(1, 2)[None] for m in (embedding, flow)]
-            total = total + self.weights["bridge"] * self.ridge(*one, w.flatten(0, 1)[None])
         return total
 
     def image_terms(self, embedding: Tensor, other: Tensor, at: Tensor) -> Tensor:
@@ -278,7 +238,6 @@ def train(options: argparse.Namespace) -> tuple[list[Path], int]:
     schedule = TrainConfig(steps=10**6, learning_rate=options.lr, weight_decay=options.weight_decay)
     config = Config(train=schedule)
     optimizer, terms, views = make_optimizer(config, encoder), Terms(options), Views(options)
-    optimizer.add_param_group({"params": list(terms.head.parameters()), "weight_decay": 0.0})
     if options.learn_scale:
         scales = [p for loss in terms.losses.values() for p in loss.parameters()]
         optimizer.add_param_group({"params": scales, "weight_decay": 0.0})
@@ -296,8 +255,6 @@ def train(options: argparse.Namespace) -> tuple[list[Path], int]:
             side = min(side, options.start_crop + 32 * int(done * 1.5 * stages))
         shape = (side, options.width or side)
         pairs = [augment(some, shape) for some in windows]
-        if options.paste:
-            pairs[0] = paste(pairs[0], options.paste)
         images = encoder.normalize(pairs[0].image).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
             embedding = encoder(images).float()
@@ -311,13 +268,9 @@ def train(options: argparse.Namespace) -> tuple[list[Path], int]:
         )
         other = other.roll(half, 0)
         loss = terms.flow_terms(embedding, other, pairs[0], scale)
-        extra = pairs.pop() if views.moving else None
-        extra = pairs[0] if "cmoving" in terms.weights else extra
         for pair in pairs[1:]:
             loss = loss + terms.flow_terms(embedding, other, pair, scale)
         loss = loss / len(pairs)
-        if extra is not None:
-            loss = loss + terms.moving_terms(embedding, extra)
         if options.views == 2:
             at = same_places(boxes, flip, options.crop // 4)
             loss = loss + terms.image_terms(embedding, other, at)
@@ -361,7 +314,6 @@ def main() -> None:
     add("--data", type=Path, required=True, help="the folder of davis/ and camvid/")
     add("--name", required=True)
     add("--store", help="one or several, see above")
-    add("--include", default="", help="sources of the store, as patterns")
     add("--terms", default="kernel_alignment")
     add("--encoder", help="judge this one instead of training")
     add("--backbone", default="resnet18")
