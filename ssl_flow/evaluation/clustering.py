@@ -83,12 +83,11 @@ def run_clustering(
     _sklearn()  # missing: before any long work
     check_input(encoder, protocol.features, train_set, test_set)
     scores = [SegmentationScores(test_set) for _ in range(protocol.runs)]
-    walk = encoder, test_set, protocol.features, protocol.image_size, protocol.batch_images
     wanted = protocol.patches_per_cluster * max(protocol.overclusters, len(test_set.classes))
     limit = -(-wanted // len(test_set))  # patches of an image that PCA and k-means are fitted on
     generator, drawn = torch.Generator().manual_seed(seed), []
     with frozen(encoder):
-        for _, patches, _ in image_features(*walk, "sample"):
+        for _, patches, _ in image_features(encoder, test_set, protocol, "sample"):
             features = patches.flatten(1).T
             chosen = torch.randperm(len(features), generator=generator)[:limit]
             drawn.append(features[chosen.to(features.device)].cpu().numpy())
@@ -107,7 +106,7 @@ def run_clustering(
         tables = [np.zeros((ks[0], run.n_clusters), np.int64) for run in runs]
         clusters, lookup = [], np.empty(0, np.int64)
         pixels = np.arange(protocol.mask_size) * protocol.image_size // protocol.mask_size
-        for item, patches, stride in image_features(*walk, "assign"):
+        for item, patches, stride in image_features(encoder, test_set, protocol, "assign"):
             reduced = reduction.transform(patches.flatten(1).T.cpu().numpy())
             found = np.stack([run.predict(reduced) for run in runs])
             lookup = (pixels // stride)[:, None] * patches.shape[2] + pixels // stride

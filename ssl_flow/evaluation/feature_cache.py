@@ -92,17 +92,14 @@ def read_features(file: Path) -> list[Tensor]:
 
 
 def cached_levels(
-    encoder: Encoder,
-    dataset: SegmentationSet,
-    features: str,
-    batch_images: int,
-    files: Sequence[Path] | None = None,
-    what: str = "features",
-) -> Iterator[tuple[Labelled, list[Tensor], list[int]]]:
-    """As `image_levels`; out of a cache's `files`, where there are any: float16, not copied."""
-    if files is None:
+    encoder: Encoder, dataset: SegmentationSet, features: str, batch_images: int,
+    folder: str | Path | None, what: str,
+) -> Iterator[tuple[Labelled, list[Tensor], list[int]]]:  # fmt: skip
+    """As `image_levels`; with a folder by way of its cache: float16, mapped, not copied."""
+    if folder is None:
         yield from image_levels(encoder, bar(dataset, what), features, batch_images)
         return
+    files = cache_features(encoder, dataset, folder, features, batch_images)
     device, strides = device_of(encoder), feature_strides(encoder, features)
     for item, file in zip(bar(dataset, what), files, strict=True):
         yield item, [level[None].to(device) for level in read_features(file)], strides
