@@ -32,6 +32,7 @@ from ssl_flow.evaluation.pixel_features import (
     normalized_batches,
 )
 from ssl_flow.models.encoder import Encoder
+from ssl_flow.models.head import to_stride
 
 
 @dataclass(frozen=True)
@@ -70,20 +71,15 @@ class Decoder(nn.Module):
         *finer, stride = self.strides
         x = self.last(level)
         for block, skip, target in zip(self.up[::-1], skips[::-1], finer[::-1], strict=True):
-            x = block(torch.cat([_upsampled(x, stride, target, skip.shape[-2:]), skip], dim=1))
-            stride = target
-        return _upsampled(self.classify(x), stride, 1, size)
+            height, width = skip.shape[-2:]
+            x = to_stride(x, stride, target)[..., :height, :width]
+            x, stride = block(torch.cat([x, skip], dim=1)), target
+        return to_stride(self.classify(x), stride, 1)[..., : size[0], : size[1]]
 
 
 def _block(channels: int, width: int) -> nn.Module:
     convolution = nn.Conv2d(channels, width, 3, padding=1, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
-
-
-def _upsampled(x: Tensor, stride: int, target: int, size: tuple[int, ...]) -> Tensor:
-    """A map of one stride bilinearly at a finer one; cells past (h, w) = `size` are cut off."""
-    full = [round(side * stride / target) for side in x.shape[-2:]]
-    return F.interpolate(x, full, mode="bilinear", align_corners=False)[..., : size[0], : size[1]]
 
 
 def run_fine_tune(
@@ -128,7 +124,6 @@ def _train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, protocol.steps)
     model.train()
     decoder.train()
-    loss = torch.zeros(())
     crops = _crops(dataset, protocol, np.random.default_rng(seed))
     batches = normalized_batches(model, crops, protocol.batch_images)
     steps = bar(range(protocol.steps), "fine-tune")
@@ -139,11 +134,11 @@ def _train(
         levels, _ = feature_levels(model, images, "hypercolumn", names, finite=False)
         logits = decoder(levels, masks.shape[1:])
         count = int((masks != IGNORE).sum())  # a batch may have none: its loss is then 0
-        total = F.cross_entropy(logits, masks, ignore_index=IGNORE, reduction="sum")
-        loss = total / max(1, count)
+        loss = F.cross_entropy(logits, masks, ignore_index=IGNORE, reduction="sum") / max(1, count)
         if not loss.isfinite():
-            found = f"the loss is {loss.item()} after {step} steps"
-            raise ValueError(f"{found}, of crops of {', '.join(names)}")
+            raise ValueError(
+                f"the loss is {loss} after {step} steps, of crops of {', '.join(names)}"
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

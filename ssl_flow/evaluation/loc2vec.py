@@ -10,7 +10,6 @@ Training holds out the same blocks, so an encoder may be judged on the map that 
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
@@ -120,7 +119,7 @@ def run_loc2vec(encoder: nn.Module, tile_map: TileMap, protocol: Loc2Vec | None 
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    start, protocol = time.perf_counter(), protocol or Loc2Vec()
+    protocol = protocol or Loc2Vec()
     check_tile(encoder, protocol)
     train, test, again = judged_tiles(tile_map, protocol)
     estimate_untrained(encoder, train.tiles)
@@ -168,7 +167,6 @@ def run_loc2vec(encoder: nn.Module, tile_map: TileMap, protocol: Loc2Vec | None 
             label: float(np.unique(truth, return_counts=True)[1].max() / len(truth))
             for label, truth in test.labels.items()
         },
-        "seconds": round(time.perf_counter() - start, 1),
     }
     return Outcome(scores, None, values, items, per_class, details)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
@@ -93,7 +92,7 @@ def effective_rank(points: Tensor) -> float:
 
 
 class SegmentationScores:
-    """What is right of each image of a set, and a few images to look at; the clock runs.
+    """What is right of each image of a set, and a few images to look at.
 
     >>> scores = SegmentationScores(test_set)
     >>> scores.add(item, prediction)
@@ -102,7 +101,7 @@ class SegmentationScores:
 
     def __init__(self, dataset: SegmentationSet) -> None:
         """The set whose images will be added in its order."""
-        self._dataset, self._start = dataset, time.perf_counter()
+        self._dataset = dataset
         self._wanted = spread(len(dataset), EXAMPLES)
         self._counts: list[np.ndarray] = []
         self._items: list[str] = []
@@ -129,5 +128,4 @@ class SegmentationScores:
         scores = {"miou": float(miou_of(total)), "pixel_accuracy": accuracy}
         iou = [None if np.isnan(v) else float(v) for v in iou_of(total)]
         per_class = dict(zip(self._dataset.classes, iou, strict=True))
-        details["seconds"] = round(time.perf_counter() - self._start, 1)
         return Outcome(scores, counts, {}, self._items, per_class, details, self._examples)

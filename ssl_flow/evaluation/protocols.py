@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shlex
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -153,7 +154,10 @@ def run_protocol(
     entry = PROTOCOLS[settings.name]
     options: dict[str, Any] = {"seed": seed} if entry.seeded else {}
     options |= {"cache": cache} if entry.cached else {}
-    return entry.run(encoder, *data.sets, protocol=settings, **options)
+    start = time.perf_counter()
+    outcome = entry.run(encoder, *data.sets, protocol=settings, **options)
+    outcome.details["seconds"] = round(time.perf_counter() - start, 1)
+    return outcome
 
 
 def check_installed(protocols: Iterable[str]) -> None:
