@@ -67,9 +67,7 @@ class Histograms(nn.Module):
 def load_judged(spec: str, seed: int, tile_map: TileMap) -> nn.Module:
     """`histograms`, `random:NAME`, or a folder with an encoder of this map's channels.
 
-    Raises:
-        ValueError: it takes other channels.
-        FileNotFoundError, WeightsError: see `load_tile_encoder`.
+    ValueError where it takes other channels; FileNotFoundError, WeightsError: `load_tile_encoder`.
     """
     if spec == "histograms":
         return Histograms()
@@ -87,15 +85,15 @@ def load_judged(spec: str, seed: int, tile_map: TileMap) -> nn.Module:
     return encoder
 
 
-def embed_tiles(encoder: nn.Module, tiles: np.ndarray, size: int = 256) -> np.ndarray:
-    """(N, H, W, C) uint8 -> (N, D) float32."""
-    device, normalize = device_of(encoder), getattr(encoder, "normalize")  # noqa: B009
-    with frozen(encoder):  # type: ignore[arg-type]
-        parts = [
-            encoder(normalize(torch.from_numpy(tiles[i : i + size]).to(device))).float().cpu()
-            for i in range(0, len(tiles), size)
-        ]
-    return torch.cat(parts).numpy()
+def embed_tiles(encoder: Any, tiles: np.ndarray, size: int = 256) -> np.ndarray:  # noqa: ANN401
+    """(N, H, W, C) uint8 -> (N, D) float32; ValueError where these are not finite."""
+    device = device_of(encoder)
+    with frozen(encoder):
+        parts = torch.from_numpy(tiles).split(size)
+        found = torch.cat([encoder(encoder.normalize(x.to(device))).float().cpu() for x in parts])
+    if not found.isfinite().all():
+        raise ValueError("the encoder's embeddings of the map's tiles are not finite")
+    return found.numpy()
 
 
 def run_loc2vec(encoder: nn.Module, tile_map: TileMap, protocol: Loc2Vec | None = None) -> Outcome:
@@ -105,11 +103,9 @@ def run_loc2vec(encoder: nn.Module, tile_map: TileMap, protocol: Loc2Vec | None 
     neighbours; logistic regression of standardised embeddings); `triplets_...`, how often a tile is
     nearer to its shifted, turned self than to another 1-4, 4-16 or more tiles away;
     `effective_rank`; `silhouette_LABEL` of the classes; `spearman` of the distances of embeddings
-    and on the ground. BatchNorm statistics of an untrained encoder are estimated on the train
-    tiles.
-
-    Raises:
-        ValueError: the encoder was trained on other tiles, or too few can be judged.
+    and on the ground (0 where all embeddings are alike). BatchNorm statistics of an untrained
+    encoder are estimated on the train tiles. ValueError where the encoder was trained on other
+    tiles, or too few can be judged.
     """
     from scipy.spatial.distance import cdist
     from scipy.stats import spearmanr
@@ -150,8 +146,8 @@ def run_loc2vec(encoder: nn.Module, tile_map: TileMap, protocol: Loc2Vec | None 
     pairs = np.triu_indices(len(found), 1)
     scores = {name: float(value.mean()) for name, value in values.items()}
     scores["effective_rank"] = effective_rank(torch.from_numpy(found))
-    if np.ptp(between[pairs]) > 0:
-        scores["spearman"] = float(spearmanr(between[pairs], apart[pairs]).statistic)
+    alike = np.ptp(between[pairs]) == 0  # collapsed
+    scores["spearman"] = 0.0 if alike else float(spearmanr(between[pairs], apart[pairs]).statistic)
     blocks = tile_blocks(protocol.metres).cells(test.places).astype(int)
     per_class: dict[str, float | None] = {}
     for label, truth in list(test.labels.items())[:1]:
@@ -159,15 +155,11 @@ def run_loc2vec(encoder: nn.Module, tile_map: TileMap, protocol: Loc2Vec | None 
             if (mine := truth == value).any():
                 per_class[name] = float(values[f"knn_{label}"][mine].mean())
     items = [f"{row}_{column}/{i}" for i, (row, column) in enumerate(blocks.tolist())]
-    details = {
-        "dimensions": found.shape[1],
-        "train_tiles": len(known),
-        "test_tiles": len(found),
-        "most_common_class": {
-            label: float(np.unique(truth, return_counts=True)[1].max() / len(truth))
-            for label, truth in test.labels.items()
-        },
+    common = {
+        k: float(np.unique(x, return_counts=True)[1].max() / len(x)) for k, x in test.labels.items()
     }
+    details = {"dimensions": found.shape[1], "train_tiles": len(known), "test_tiles": len(found),
+               "most_common_class": common}  # fmt: skip
     return Outcome(scores, None, values, items, per_class, details)
 
 
@@ -194,8 +186,7 @@ def estimate_untrained(encoder: Any, tiles: np.ndarray, count: int = 1024) -> No
 def judged_tiles(tile_map: TileMap, protocol: Loc2Vec) -> tuple[Judged, Judged, np.ndarray]:
     """Tiles of the train blocks, tiles to score, and these shifted and turned (N, S, S, C).
 
-    Raises:
-        ValueError: fewer than 20 can be learned from, or scored.
+    ValueError where fewer than 20 can be learned from, or scored.
     """
     blocks = tile_blocks(protocol.metres)
     train = _draw(tile_map, protocol, blocks.train, protocol.train_tiles, 0)

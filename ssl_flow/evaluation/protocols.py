@@ -156,6 +156,9 @@ def run_protocol(
     options |= {"cache": cache} if entry.cached else {}
     start = time.perf_counter()
     outcome = entry.run(encoder, *data.sets, protocol=settings, **options)
+    numbers = [*outcome.scores.values(), *(value for x in outcome.values.values() for value in x)]
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"a score is not finite: {outcome.scores}")
     outcome.details["seconds"] = round(time.perf_counter() - start, 1)
     return outcome
 
