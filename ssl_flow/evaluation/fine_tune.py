@@ -153,15 +153,13 @@ def _crops(
     side = protocol.crop
     while True:
         for index in rng.permutation(len(dataset)):
-            item = dataset[int(index)]
-            image, mask = item.image, item.mask
+            image, mask, name = dataset[int(index)]
             short = [(0, max(0, side - length)) for length in mask.shape]
             if any(after for _, after in short):
                 image = np.pad(image, [*short, (0, 0)], mode="edge")
                 mask = np.pad(mask, short, constant_values=IGNORE)
             y, x = (int(rng.integers(length - side + 1)) for length in mask.shape)
-            window = slice(y, y + side), slice(x, x + side)
-            image, mask = image[window], mask[window]
+            image, mask = image[y : y + side, x : x + side], mask[y : y + side, x : x + side]
             if protocol.flip and rng.random() < 0.5:
                 image, mask = image[:, ::-1], mask[:, ::-1]
-            yield Labelled(image, mask, item.name)
+            yield Labelled(image, mask, name)

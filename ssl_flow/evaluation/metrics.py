@@ -48,8 +48,7 @@ class ConfusionMatrix:
         self.counts += pairs.view(classes, classes)
 
     def sums(self) -> np.ndarray:
-        """(3, num_classes) int64, all that the scores need: pixels of each class that are right, of
-        the truth, of the prediction."""
+        """(3, num_classes) pixels of each class: right, of the truth, of the prediction."""
         return torch.stack([self.counts.diag(), self.counts.sum(1), self.counts.sum(0)]).numpy()
 
     def iou(self) -> np.ndarray:
@@ -101,9 +100,8 @@ class SegmentationScores:
 
     def __init__(self, dataset: SegmentationSet) -> None:
         """The set whose images will be added in its order."""
-        self._dataset = dataset
-        self._wanted = spread(len(dataset), EXAMPLES)
-        self._counts: list[np.ndarray] = []
+        self._dataset, self._wanted = dataset, spread(len(dataset), EXAMPLES)
+        self.counts: list[np.ndarray] = []  # (3, K) of each image
         self._items: list[str] = []
         self._examples: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
@@ -115,12 +113,12 @@ class SegmentationScores:
         if len(self._items) in self._wanted:
             image = resize_image(item.image, prediction.shape)
             self._examples.append((image, mask, prediction.astype(np.uint8)))
-        self._counts.append(matrix.sums())
+        self.counts.append(matrix.sums())
         self._items.append(item.name)
 
     def outcome(self, **details: Any) -> Outcome:  # noqa: ANN401 (whatever JSON holds)
         """mIoU and pixel accuracy over all pixels of the set; ValueError if all are ignored."""
-        counts = np.stack(self._counts)
+        counts = np.stack(self.counts)
         right, true, _ = total = counts.sum(0)
         if not true.any():
             raise ValueError(f"{self._dataset.name}: no pixel to score has a label")

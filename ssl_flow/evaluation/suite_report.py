@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 import ssl_flow
 from ssl_flow.evaluation import suite_tables as text
+from ssl_flow.evaluation.curves import COLORS
 from ssl_flow.evaluation.outcome import Outcome
 from ssl_flow.evaluation.pictures import data_uri, palette
 from ssl_flow.evaluation.protocols import Data
@@ -30,9 +31,6 @@ from ssl_flow.evaluation.suite_pictures import (
 )
 from ssl_flow.flow.shard import write_atomically
 from ssl_flow.models import pick_device
-
-# Okabe & Ito, told apart with any colour vision.
-_COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888"]
 
 
 def write_results(
@@ -129,7 +127,7 @@ def _bars(table: dict[str, Any]) -> str:
     figure = Figure((7.6, 0.7 + 0.27 * len(rows)), dpi=120, layout="constrained")
     axes = figure.subplots()
     for place, (_, score) in enumerate(rows):
-        axes.barh(place, score["value"], color=_COLORS[place % len(_COLORS)], alpha=0.75)
+        axes.barh(place, score["value"], color=COLORS[place % len(COLORS)], alpha=0.75)
         if score["low"] is not None:
             axes.plot([score["low"], score["high"]], [place, place], "k|-", linewidth=1.6)
         if len(score["seeds"]) > 1:
