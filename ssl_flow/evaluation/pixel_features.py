@@ -66,7 +66,7 @@ def check_input(
     check_features(encoder, features)
     if list(train_set.classes) != list(test_set.classes):
         raise ValueError(f"classes differ: train {train_set.classes}, test {test_set.classes}")
-    if labelled and all((item[1] == IGNORE).all() for item in train_set):
+    if labelled and all(np.all(item[1] == IGNORE) for item in train_set):
         raise ValueError(f"{train_set.name}: no training pixel has a label")
 
 
@@ -184,11 +184,17 @@ def image_levels(
             yield item, [level[i : i + 1] for level in levels], strides
 
 
-def joined(levels: list[Tensor], strides: list[int], stride: int, size: Sequence[int]) -> Tensor:
-    """Maps (1, C_i, h_i, w_i) of an image of `size` (H, W) concatenated on the grid of a stride."""
+def joined(
+    levels: list[Tensor], strides: list[int], stride: int, size: Sequence[int], unit: bool = False
+) -> Tensor:
+    """Maps (1, C_i, h_i, w_i) of an image of `size` (H, W) concatenated on the grid of a stride.
+
+    With `unit` each level has unit length at every cell.
+    """
     rows, columns = (-(-side // stride) for side in size)
     same = (to_stride(level, s, stride) for level, s in zip(levels, strides, strict=True))
-    return torch.cat([level[..., :rows, :columns] for level in same], 1)
+    cut = [level[..., :rows, :columns] for level in same]
+    return torch.cat([F.normalize(level, dim=1) for level in cut] if unit else cut, 1)
 
 
 @torch.no_grad()
@@ -229,10 +235,8 @@ def sample_levels(
     for level, stride in zip(levels, strides, strict=True):
         height, width = level.shape[1:]
         cells = level.permute(1, 2, 0).reshape(height * width, -1)  # a view if channels are last
-        (y, v), (x, u) = (
-            neighbours(pixels.to(level.device), stride, count)
-            for pixels, count in ((rows, height), (columns, width))
-        )
+        y, v = neighbours(rows.to(level.device), stride, height)
+        x, u = neighbours(columns.to(level.device), stride, width)
         corners = ((i, j) for i in (0, 1) for j in (0, 1))
         read = [cells[y[i] * width + x[j]].float() * (v[i] * u[j])[:, None] for i, j in corners]
         sampled.append(torch.stack(read).sum(0))

@@ -73,13 +73,13 @@ def _page(cells: Sequence[Cell], options: Options, results: dict[str, Any]) -> s
     for table, ((data, name), firsts) in zip(tables, groups.items(), strict=True):
         outcomes = {label: outcome for label, outcome in firsts.items() if outcome}
         headline, rows = table["headline"], table["rows"]
-        line = [table["data"], name, text.pretty(headline)]
+        found = {}
         for row in rows:
             score = row["scores"].get(headline)
             shown = text.number(score | {"std": None}) if score else "-"
-            line.append(bold(shown) if row["best"] else shown)
-        found = {row["encoder"]: cell for row, cell in zip(rows, line[3:], strict=True)}
-        summary.append([*line[:3], *(found.get(label, "-") for label in labels)])
+            found[row["encoder"]] = bold(shown) if row["best"] else shown
+        line = [table["data"], name, text.pretty(headline)]
+        summary.append([*line, *(found.get(label, "-") for label in labels)])
         classes = list(next(iter(outcomes.values())).per_class) if outcomes else []
         legend = zip(classes, palette(len(classes)).tolist(), strict=False)
         sections.append({
@@ -90,7 +90,7 @@ def _page(cells: Sequence[Cell], options: Options, results: dict[str, Any]) -> s
             "split": text.split_text(table),
             "bars": _bars(table),
             "per_class": (
-                ["class", *(row["encoder"] for row in rows)],
+                ["class", *found],
                 [[k, *(text.short(row["per_class"].get(k)) for row in rows)] for k in classes],
             ),
             "strips": predictions(data, outcomes),

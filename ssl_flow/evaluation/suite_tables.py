@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl_flow.evaluation.intervals import better, interval_of_outcomes
+from ssl_flow.evaluation.intervals import Interval, better, interval_of_outcomes
 from ssl_flow.evaluation.protocols import Data
 from ssl_flow.evaluation.suite import Cell
 
@@ -32,7 +32,9 @@ def tables(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 
 def _table(data: Data, cells: list[Cell]) -> dict[str, Any]:
-    rows, headlines, units, headline = [], {}, 0, ""
+    rows: list[dict[str, Any]] = []
+    headlines: dict[str, Interval] = {}
+    units, headline = 0, ""
     for label in dict.fromkeys(cell.label for cell in cells):
         mine = [cell for cell in cells if cell.label == label]
         outcomes = [cell.outcome for cell in mine if cell.outcome is not None]
