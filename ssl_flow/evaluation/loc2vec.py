@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -161,6 +162,11 @@ def run_loc2vec(encoder: nn.Module, tile_map: TileMap, protocol: Loc2Vec | None 
     details = {"dimensions": found.shape[1], "train_tiles": len(known), "test_tiles": len(found),
                "most_common_class": common}  # fmt: skip
     return Outcome(scores, None, values, items, per_class, details)
+
+
+def files_of(tile_map: TileMap) -> list[Path]:
+    """What a map is read from; their sizes and times tell whether it is still the same."""
+    return [p for p in sorted(tile_map.path.rglob("*")) if p.is_file()] or [tile_map.path]
 
 
 def check_tile(encoder: nn.Module, protocol: Loc2Vec) -> None:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ssl_flow.data.georeference import great_circle
 from ssl_flow.data.open_map import open_map_spec
 from ssl_flow.evaluation.feature_cache import encoder_digest
-from ssl_flow.evaluation.loc2vec import embed_tiles, load_judged
+from ssl_flow.evaluation.loc2vec import embed_tiles, files_of, load_judged
 from ssl_flow.evaluation.refusal import told
 from ssl_flow.flow.shard import write_atomically
 from ssl_flow.models import pick_device
@@ -88,7 +88,10 @@ def _embed(command: Embed) -> None:
     if not tile["metres"] > 0:
         raise ValueError(f"{command.encoder} does not say how large its tiles are: give --metres")
     digests = [encoder_digest(encoder), hashlib.sha256(places.tobytes()).hexdigest()]
-    about = json.dumps([*digests, str(tile_map.path.resolve()), tile_map.channels, tile])
+    stamps = [
+        (str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files_of(tile_map)
+    ]
+    about = json.dumps([*digests, stamps, tile_map.channels, tile])
     parts = command.out.with_name(command.out.name + ".parts")
     noted = parts / "about.json"
     if not noted.exists() or noted.read_text() != about:

@@ -61,20 +61,23 @@ class Settings:
 class Outcome:
     """Scores of one encoder on one set with one seed."""
 
-    # Name -> value, the headline first, as a fraction or, where the name says so, in pixels.
     scores: dict[str, float]
-    # (N, 3, K) of each test image: pixels of each class that are right, of the truth, of the
-    # prediction, for intervals of mIoU; (N, R, 3, K) where mIoU is the mean over R runs.
+    """Name -> value, the headline first, as a fraction or, where the name says so, in pixels."""
     counts: np.ndarray | None = None
-    # Score -> (N,) its value for each test image, where the score is their mean: intervals.
+    """(N, 3, K) of each test image: pixels of each class that are right, of the truth, of the
+    prediction, for intervals of mIoU; (N, R, 3, K) where mIoU is the mean over R runs."""
     values: dict[str, np.ndarray] = field(default_factory=dict)
-    items: list[str] = field(default_factory=list)  # N names, of images or sequences
-    per_class: dict[str, float | None] = field(default_factory=dict)  # None: nowhere to be found
-    details: dict[str, Any] = field(default_factory=dict)  # what else a reader needs, as JSON
-    # (image, truth, prediction) of a few test images; class indices, 255 = ignore.
+    """Score -> (N,) its value for each test image, where the score is their mean: intervals."""
+    items: list[str] = field(default_factory=list)
+    """N names of the test images (or sequences) in the order of `counts` and `values`."""
+    per_class: dict[str, float | None] = field(default_factory=dict)
+    """Class -> its score; None: in no truth and no prediction."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What else a reader needs, as JSON: seed, features a pixel, memory size."""
     examples: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(
         default_factory=list, repr=False
     )
+    """(image, truth, prediction) of a few test images; class indices, 255 = ignore."""
 
     def as_dict(self) -> dict[str, Any]:
         """Scores, scores of the classes and details, for JSON."""

@@ -30,7 +30,7 @@ from ssl_flow.evaluation.label_propagation import LabelPropagation, run_label_pr
 from ssl_flow.evaluation.linear_probe import LinearProbe, run_linear_probe
 from ssl_flow.evaluation.linear_probe_bn import BnProbe
 from ssl_flow.evaluation.linear_probe_plain import PlainProbe
-from ssl_flow.evaluation.loc2vec import Loc2Vec, run_loc2vec
+from ssl_flow.evaluation.loc2vec import Loc2Vec, files_of, run_loc2vec
 from ssl_flow.evaluation.outcome import Outcome, Settings
 from ssl_flow.evaluation.segmentation_head import run_segmentation_head
 from ssl_flow.models import Encoder
@@ -127,10 +127,8 @@ def open_data(kind: str, spec: str) -> Data:
         tile_map = open_map_spec(spec)
         rule = "blocks of 8 x 8 tiles, 30 %, less a strip of 2 tiles; train: the other blocks"
         sets, about = (tile_map,), {"channels": tile_map.channels, "test": {"rule": rule}}
-        files = [p for p in sorted(tile_map.path.rglob("*")) if p.is_file()] or [tile_map.path]
-        seen = shown = SegmentationSet(
-            tile_map.path.name, tile_map.channels, [], lambda _: (), files=files
-        )
+        name, files = tile_map.path.name, files_of(tile_map)
+        seen = shown = SegmentationSet(name, tile_map.channels, [], lambda _: (), files=files)
     # Reads some images, which also says what is wrong with them before any work.
     parts = [kind, shown.classes, *(data_digest(part, masks=True) for part in (seen, shown))]
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()
