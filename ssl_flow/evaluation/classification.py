@@ -1,8 +1,5 @@
 """Image classification from pooled features: k nearest neighbours and a linear classifier.
 
-    result = run_classification(encoder, train_set, test_set)
-    result.scores["knn_top1"], result.scores["linear_top1"]
-
 An image is resized and cropped as for ImageNet, and is the mean of its last map over all cells.
 Nearest neighbours vote as in Wu et al. (CVPR 2018), with the k of DINO (Caron et al., ICCV 2021;
 facebookresearch/dino: eval_knn.py). The linear classifier is multinomial logistic regression on

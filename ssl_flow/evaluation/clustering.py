@@ -1,8 +1,5 @@
 """Overclustering: do clusters of patch features, found without labels, fall into classes?
 
-    outcome = run_clustering(encoder, train_set, test_set, Clustering(), seed=0)
-    outcome.scores["miou"], outcome.scores["overclustering_miou"]
-
 Ziegler & Asano (Leopart), "Self-Supervised Learning of Object Parts for Semantic Segmentation",
 CVPR 2022; NeCo (Pariza et al., ICLR 2025) uses the same. As their code has it
 (experiments/overcluster/sup_overcluster.py and experiments/utils.py of both): the test images

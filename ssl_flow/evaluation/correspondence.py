@@ -1,8 +1,5 @@
 """Correspondence: is a pixel's nearest neighbour in the next frame where the true flow says?
 
-    result = run_correspondence(encoder, open_flow_pairs("middlebury:data/flow/middlebury"))
-    result.scores["pck_1px"], result.scores["endpoint_error_px"]
-
 No flow is estimated and nothing is trained. Pixels on a grid in the first frame whose true match is
 known and inside the second frame are looked up among all pixels of the second frame. Features are
 read bilinearly at pixels; every level has unit length, so the similarity of hypercolumns is the

@@ -1,7 +1,5 @@
 """Dense kNN: segmentation by retrieval from a memory of labelled patch features, nothing trained.
 
-    outcome = run_dense_knn(encoder, train_set, test_set, DenseKnn(), seed=0)
-
 Balažević et al., "Towards In-context Scene Understanding" (Hummingbird), NeurIPS 2023: the memory
 holds L2-normalised patch features of the training images and the share of each class in the patch;
 a test patch takes its k nearest ones (cosine) and averages their labels with the weights

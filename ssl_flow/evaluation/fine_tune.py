@@ -1,8 +1,5 @@
 """Fine-tuning: the encoder is where training starts, not what is judged as it is.
 
-    result = run_fine_tune(encoder, train_set, test_set, FineTune(decoder="fcn"), seed=0)
-    result.scores["miou"]
-
 A copy of the encoder is trained with a decoder on top: `fcn`, a head on the last map whose logits
 are upsampled (after Long et al., CVPR 2015, without their skips), or `unet`, which goes back up
 through all maps (after Ronneberger et al., MICCAI 2015). There is no published standard for this

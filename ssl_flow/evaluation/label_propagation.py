@@ -1,8 +1,5 @@
 """Label propagation: how far features alone carry the mask of a video's first frame.
 
-    result = run_label_propagation(encoder, open_videos("davis:data/DAVIS").videos)
-    result.scores["J&F"]
-
 Every frame's cells take the soft labels of their nearest neighbours in the first frame and the few
 before it, within a spatial neighbourhood. As Jabri et al. (NeurIPS 2020), with the settings and the
 details of DINO (Caron et al., ICCV 2021; facebookresearch/dino: eval_video_segmentation.py).

@@ -1,8 +1,5 @@
 """Embeddings of a map's tiles, judged: what lies there, what is alike, what is near.
 
-    result = run_loc2vec(load_judged("runs/NAME", 0, tile_map), tile_map, Loc2Vec(metres=200))
-    result.scores["knn_landcover"], result.scores["effective_rank"]
-
 The split is spatial (`tile_blocks`): neighbours and the linear classifier come from tiles of the
 train blocks, what is scored from the inner parts of the others, and no two such tiles share ground.
 Training holds out the same blocks, so an encoder may be judged on the map that it has learned.

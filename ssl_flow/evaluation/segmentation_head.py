@@ -1,8 +1,5 @@
 """Train a segmentation head on a frozen encoder's maps by a published recipe, and score it.
 
-    outcome = run_segmentation_head(encoder, train_set, test_set, BnProbe(), seed=0)
-    outcome = run_segmentation_head(encoder, train_set, test_set, PlainProbe(), seed=0)
-
 Unlike `linear-probe`, whose features are extracted once, these recipes augment the images, so the
 encoder sees every image of every step: 640,000 with `BnProbe()`, 25 times the set with
 `PlainProbe()`. The head works at each level's own resolution; its scores are read bilinearly at the
