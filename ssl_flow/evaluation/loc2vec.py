@@ -33,6 +33,7 @@ class Loc2Vec(Settings):
     """The protocol; all of it is ours."""
 
     name: ClassVar[str] = "loc2vec"
+    version: ClassVar[int] = 2  # 1: the same, without spearman where all embeddings are alike
     metres: float = 200  # side of a tile on the ground, as the encoder was trained
     pixels: int = 64  # side of a tile, likewise
     train_tiles: int = 3000

@@ -56,8 +56,6 @@ def run_segmentation_head(
                 prediction, mask = protocol.predict(classify, item)
                 scores.add(item, prediction.byte().cpu().numpy(), mask)
     last = float(np.mean(losses[-100:]))
-    if not np.isfinite(last):
-        raise ValueError(f"the training loss is {last}: lower lr = {protocol.lr}")
     return scores.outcome(seed=seed, steps=len(losses), train_loss=last)
 
 
@@ -114,6 +112,8 @@ def _train(
             part = part / max(1, counted)
             part.backward()
             loss += part.detach()
+        if not loss.isfinite():
+            raise ValueError(f"the training loss is {loss.item()}: lower lr = {protocol.lr}")
         for group in optimizer.param_groups:
             group["lr"] = protocol.learning_rate(step, len(dataset))
         optimizer.zero_grad()
