@@ -25,16 +25,15 @@ import torch
 from machine import describe, footer
 
 from ssl_flow.data.segmentation import open_segmentation
-from ssl_flow.evaluation import LinearProbe, linear_probe
+from ssl_flow.evaluation import LinearProbe, feature_cache, linear_probe
 from ssl_flow.evaluation.pixel_features import estimate_on
 from ssl_flow.models import load_encoder
 
-PARTS = {  # functions of linear_probe.py
+PARTS = {  # functions of linear_probe.py and feature_cache.py
     "run_linear_probe": "the whole probe",
-    "cache_features": "extraction, or finding it done",
-    "_collect": "drawing training pixels",
+    "cache_features": "extraction into the cache, or finding it done",
+    "_collect": "drawing training pixels, with their extraction",
     "_fit": "fitting",
-    "_score": "scoring the test split",
 }
 
 
@@ -90,7 +89,7 @@ def measure(options: argparse.Namespace, folder: Path) -> str:
         estimate_on(encoder, train, 64)
     clock = Clock()
     for name in PARTS:
-        clock.wrap(linear_probe, name)
+        clock.wrap(feature_cache if name == "cache_features" else linear_probe, name)
     clock.wrap(encoder, "features")
     runs = [("computed", None), ("into a cache", folder), ("out of it", folder)]
     lines = [

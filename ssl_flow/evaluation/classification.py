@@ -1,8 +1,5 @@
 """Image classification from pooled features: k nearest neighbours and a linear classifier.
 
-    result = run_classification(encoder, train_set, test_set)
-    result.scores["knn_top1"], result.scores["linear_top1"]
-
 An image is resized and cropped as for ImageNet, and is the mean of its last map over all cells.
 Nearest neighbours vote as in Wu et al. (CVPR 2018), with the k of DINO (Caron et al., ICCV 2021;
 facebookresearch/dino: eval_knn.py). The linear classifier is multinomial logistic regression on
@@ -12,7 +9,6 @@ searched on a validation set); that its penalty is fixed is ours. Memory: one ve
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -62,34 +58,28 @@ def run_classification(
     """Classify the test images by the training images; nothing is random.
 
     Scores are shares of the test images: `knn_top1`, `linear_top1` and, with more than 5 classes,
-    `knn_top5`, `linear_top5`. `per_class` is the linear top-1 of each class.
-
-    Raises:
-        ValueError: an empty set, and as all protocols do.
+    `knn_top5`, `linear_top5`; `per_class` is the linear top-1. ValueError also for an empty set.
     """
-    protocol = protocol or Classification()
+    protocol, classes = protocol or Classification(), test_set.classes
     check_input(encoder, "last", train_set, test_set)
-    start = time.perf_counter()
     with frozen(encoder):
         train, labels, _ = _pooled(encoder, train_set, protocol, "train features")
         test, truth, names = _pooled(encoder, test_set, protocol, "test features")
-    classes = len(train_set.classes)
-    weight, bias = fit_linear(train, labels, classes, protocol)
-    votes = knn_votes(train, labels, test, classes, protocol)
+    votes = knn_votes(train, labels, test, len(classes), protocol)
+    logits = F.linear(test, *fit_linear(train, labels, len(classes), protocol))
     values = {}
-    for top in (1, 5) if classes > 5 else (1,):
-        for method, scores in (("knn", votes), ("linear", F.linear(test, weight, bias))):
+    for top in (1, 5) if len(classes) > 5 else (1,):
+        for method, scores in (("knn", votes), ("linear", logits)):
             best = scores.topk(top, dim=1).indices  # (N, top)
             values[f"{method}_top{top}"] = (best == truth[:, None]).any(1).double().cpu().numpy()
-    members = {name: truth.cpu().numpy() == i for i, name in enumerate(train_set.classes)}
-    right = values["linear_top1"]
-    seconds = round(time.perf_counter() - start, 1)
+    members = [truth.cpu().numpy() == i for i in range(len(classes))]
+    right = [float(values["linear_top1"][m].mean()) if m.any() else None for m in members]
     return Outcome(
         scores={name: float(value.mean()) for name, value in values.items()},
         values=values,
         items=names,
-        per_class={k: float(right[m].mean()) if m.any() else None for k, m in members.items()},
-        details={"channels": train.shape[1], "train_images": len(train), "seconds": seconds},
+        per_class=dict(zip(classes, right, strict=True)),
+        details={"channels": train.shape[1], "train_images": len(train)},
     )
 
 
@@ -99,23 +89,20 @@ def _pooled(
     """Mean of the last map (N, C) float32, classes (N,) int64, names."""
     if not len(images):
         raise ValueError("no images to classify: the set is empty")
+    labels: list[int] = []
 
     def cropped() -> Iterator[Labelled]:
-        for index in bar(range(len(images)), what):
-            image, label, name = images[index]
-            if not 0 <= label < (classes := len(images.classes)):
-                raise ValueError(f"{name} is of class {label}, expected 0..{classes - 1}")
+        for image, label, name in bar(images, what):
+            if not 0 <= label < len(images.classes):
+                known = f"0..{len(images.classes) - 1}"
+                raise ValueError(f"{name} is of class {label}, expected {known}")
             labels.append(label)
-            names.append(name)
             image = center_crop(image, protocol.resize, protocol.crop)
             yield Labelled(image, image[..., 0], name)
 
-    pooled = []
-    labels: list[int] = []
-    names: list[str] = []
-    for _, (last,), _ in image_levels(encoder, cropped(), "last", protocol.batch_images):
-        pooled.append(last.mean((2, 3)))
-    return torch.cat(pooled), torch.tensor(labels, device=pooled[0].device), names
+    found = image_levels(encoder, cropped(), "last", protocol.batch_images)
+    pooled, names = zip(*((x[0].mean((2, 3)), item.name) for item, x, _ in found), strict=True)
+    return torch.cat(pooled), torch.tensor(labels, device=pooled[0].device), list(names)
 
 
 def center_crop(image: np.ndarray, resize: int, crop: int) -> np.ndarray:
@@ -140,11 +127,9 @@ def knn_votes(
     return torch.cat(rows)
 
 
-def fit_classifier(
-    encoder: Encoder, train_set: ClassificationSet, protocol: Classification | None = None
-) -> tuple[Tensor, Tensor]:
+def fit_classifier(encoder: Encoder, train_set: ClassificationSet) -> tuple[Tensor, Tensor]:
     """Weight (K, C) and bias (K,) of the protocol's linear classifier; raises as all protocols."""
-    protocol = protocol or Classification()
+    protocol = Classification()
     with frozen(encoder):
         train, labels, _ = _pooled(encoder, train_set, protocol, "train features")
     return fit_linear(train, labels, len(train_set.classes), protocol)

@@ -1,8 +1,5 @@
 """Overclustering: do clusters of patch features, found without labels, fall into classes?
 
-    outcome = run_clustering(encoder, train_set, test_set, Clustering(), seed=0)
-    outcome.scores["miou"], outcome.scores["overclustering_miou"]
-
 Ziegler & Asano (Leopart), "Self-Supervised Learning of Object Parts for Semantic Segmentation",
 CVPR 2022; NeCo (Pariza et al., ICLR 2025) uses the same. As their code has it
 (experiments/overcluster/sup_overcluster.py and experiments/utils.py of both): the test images
@@ -11,20 +8,19 @@ to 50 dimensions by PCA; k-means of 100 iterations, the best of 5 starts from ra
 each of 5 seeds; clusters and masks are compared at 100 x 100 pixels, nearest. With K = classes the
 clusters are matched one to one (Hungarian method on the IoU); with K = 500 each cluster becomes the
 class with most of its pixels. mIoU is of the confusion matrix of the whole set, mean over seeds.
-
 Their k-means is faiss's, which takes a random sample of 256 patches a cluster; so does this one,
-with scikit-learn's Lloyd k-means (MiniBatchKMeans would be another, noisier method).
+with scikit-learn's Lloyd k-means.
 
 Ours: standardisation and PCA are fitted on at most 256 x 500 patches (evenly from all images), not
 on every patch of a large set; classes that are in no mask and no prediction are left out of the
-mean (theirs: IoU 0); k-means may stop before its last iteration, when no centre moves any more
-than scikit-learn's tolerance.
+mean (theirs: IoU 0); k-means may stop before its last iteration, when no centre moves any more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import numpy as np
@@ -73,22 +69,18 @@ def run_clustering(
 
     `seed` is that of the first k-means run; the others have the seeds after it. Scores are means
     over the runs and their standard deviation; `counts` are those of K = classes in all runs,
-    `per_class`, `examples` those of the seed of median mIoU (details["shown_seed"]).
-
-    Raises:
-        ValueError: fewer patches than clusters, and as all protocols do.
-        ImportError: without scikit-learn.
+    `per_class`, `examples` those of the seed of median mIoU (details["shown_seed"]). ValueError
+    also for fewer patches than clusters; ImportError without scikit-learn.
     """
     protocol = protocol or Clustering()
-    _sklearn()  # missing: before any long work
+    if find_spec("sklearn") is None:  # before any long work
+        raise ImportError("clustering needs scikit-learn: pip install 'ssl-flow[eval]'")
     check_input(encoder, protocol.features, train_set, test_set)
-    scores = [SegmentationScores(test_set) for _ in range(protocol.runs)]
-    walk = encoder, test_set, protocol.features, protocol.image_size, protocol.batch_images
-    wanted = protocol.patches_per_cluster * max(protocol.overclusters, len(test_set.classes))
-    limit = -(-wanted // len(test_set))  # patches of an image that PCA and k-means are fitted on
+    ks = len(test_set.classes), protocol.overclusters
+    limit = -(-protocol.patches_per_cluster * max(ks) // len(test_set))  # of an image, to fit on
     generator, drawn = torch.Generator().manual_seed(seed), []
     with frozen(encoder):
-        for _, patches, _ in image_features(*walk, "sample"):
+        for _, patches, _ in image_features(encoder, test_set, protocol, "sample"):
             features = patches.flatten(1).T
             chosen = torch.randperm(len(features), generator=generator)[:limit]
             drawn.append(features[chosen.to(features.device)].cpu().numpy())
@@ -99,15 +91,12 @@ def run_clustering(
                 f"{test_set.name}: {len(sample)} patches cannot make overclusters = "
                 f"{protocol.overclusters} clusters; use finer features or a larger image_size"
             )
-        ks = len(test_set.classes), protocol.overclusters
         reduction, runs = _fit(sample, ks, protocol, seed)
-        patches_used, channels = sample.shape
-        del sample
         # A table (classes, K) for each run; every image's clusters in the runs of K = classes.
         tables = [np.zeros((ks[0], run.n_clusters), np.int64) for run in runs]
         clusters, lookup = [], np.empty(0, np.int64)
         pixels = np.arange(protocol.mask_size) * protocol.image_size // protocol.mask_size
-        for item, patches, stride in image_features(*walk, "assign"):
+        for item, patches, stride in image_features(encoder, test_set, protocol, "assign"):
             reduced = reduction.transform(patches.flatten(1).T.cpu().numpy())
             found = np.stack([run.predict(reduced) for run in runs])
             lookup = (pixels // stride)[:, None] * patches.shape[2] + pixels // stride
@@ -119,18 +108,19 @@ def run_clustering(
     mious = [_miou(table, match) for table, match in zip(tables, matches, strict=True)]
     same, over = np.split(np.array(mious), 2)
     shown = int(np.argsort(same)[(len(same) - 1) // 2])
+    scores = [SegmentationScores(test_set) for _ in same]
     for item, found in zip(test_set, clusters, strict=True):
         mask = _small_mask(item.mask, protocol)
         for one, match, labels in zip(scores, matches[: len(found)], found, strict=True):
             one.add(item, match[labels][lookup], mask)
-    details = {"seed": seed, "shown_seed": seed + shown, "channels": channels,
-               "patches": patches_used, "miou_of_seeds": same.tolist(),
-               "overclustering_miou_of_seeds": over.tolist()}  # fmt: skip
-    outcomes = [one.outcome(**details) for one in scores]
-    counts = np.stack([o.counts for o in outcomes if o.counts is not None], 1)
-    outcome = replace(outcomes[shown], scores={}, counts=counts)
-    for name, mious_of in (("miou", same), ("overclustering_miou", over)):
-        outcome.scores |= {name: float(mious_of.mean()), f"{name}_std": float(mious_of.std())}
+    outcome = scores[shown].outcome(
+        seed=seed, shown_seed=seed + shown, channels=sample.shape[1], patches=len(sample),
+        miou_of_seeds=same.tolist(), overclustering_miou_of_seeds=over.tolist(),
+    )  # fmt: skip
+    outcome.counts = np.stack([np.stack(one.counts) for one in scores], 1)
+    outcome.scores = {}
+    for name, found in (("miou", same), ("overclustering_miou", over)):
+        outcome.scores |= {name: float(found.mean()), f"{name}_std": float(found.std())}
     return outcome
 
 
@@ -144,20 +134,20 @@ def _fit(
     sample: np.ndarray, ks: Sequence[int], protocol: Clustering, seed: int
 ) -> tuple[Any, list[Any]]:
     """Standardisation and PCA, and the k-means runs: for each K, every seed."""
-    sklearn = _sklearn()
+    from sklearn.cluster import KMeans
+    from sklearn.decomposition import PCA
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     components = min(protocol.components, *sample.shape)
-    reduction = sklearn.pipeline.make_pipeline(
-        sklearn.preprocessing.StandardScaler(),
-        sklearn.decomposition.PCA(components, svd_solver="covariance_eigh"),
-    )
+    pca = PCA(components, svd_solver="covariance_eigh")
+    reduction = make_pipeline(StandardScaler(), pca)
     reduced, runs = reduction.fit_transform(sample), []
     jobs = [(k, run) for k in ks for run in range(seed, seed + protocol.runs)]
     for k, run in bar(jobs, "k-means"):
         rows = np.random.default_rng(run).permutation(len(reduced))
-        kmeans = sklearn.cluster.KMeans(
-            k, init="random", n_init=protocol.restarts, max_iter=protocol.iterations,
-            random_state=run,
-        )  # fmt: skip
+        kmeans = KMeans(k, init="random", n_init=protocol.restarts, max_iter=protocol.iterations,
+                        random_state=run)  # fmt: skip
         runs.append(kmeans.fit(reduced[rows[: protocol.patches_per_cluster * k]]))
     return reduction, runs
 
@@ -180,14 +170,3 @@ def _miou(table: np.ndarray, match: np.ndarray) -> float:
     matrix = ConfusionMatrix(len(table))
     matrix.counts.index_add_(1, torch.from_numpy(match), torch.from_numpy(table))
     return matrix.miou()
-
-
-def _sklearn() -> Any:  # noqa: ANN401 (a module)
-    try:
-        import sklearn.cluster
-        import sklearn.decomposition
-        import sklearn.pipeline
-        import sklearn.preprocessing
-    except ImportError as error:
-        raise ImportError("clustering needs scikit-learn: pip install 'ssl-flow[eval]'") from error
-    return sklearn

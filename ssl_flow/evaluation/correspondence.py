@@ -1,8 +1,5 @@
 """Correspondence: is a pixel's nearest neighbour in the next frame where the true flow says?
 
-    result = run_correspondence(encoder, open_flow_pairs("middlebury:data/flow/middlebury"))
-    result.scores["pck_1px"], result.scores["endpoint_error_px"]
-
 No flow is estimated and nothing is trained. Pixels on a grid in the first frame whose true match is
 known and inside the second frame are looked up among all pixels of the second frame. Features are
 read bilinearly at pixels; every level has unit length, so the similarity of hypercolumns is the
@@ -13,10 +10,9 @@ Ramanan, PAMI 2013), in pixels or as a fraction of the frame's larger side.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -56,40 +52,34 @@ def run_correspondence(
 
     Scores are means over the pairs of the means over their pixels. `details` holds the same scores
     of what every table should be read against: `zero flow` (nothing moves) and `floor` (the best
-    that whole pixels can do).
-
-    Raises:
-        ValueError: no pairs, a pair of different sizes or without a known match inside the frame
-            (names it), and as all protocols do.
+    that whole pixels can do). ValueError also for no pairs, a pair of different sizes or without a
+    known match inside the frame (names it).
     """
     protocol = protocol or Correspondence()
     check_features(encoder, protocol.features)
-    start = time.perf_counter()
     tables: dict[str, list[dict[str, float]]] = {"found": [], "zero flow": [], "floor": []}
     items = []
     with frozen(encoder):
         for pair in bar(pairs, "pairs"):
             height, width = pair.known.shape
+            limits = {f"pck_{limit:g}px": limit for limit in protocol.pixels}
+            limits |= {f"pck_{s:g}": s * max(height, width) for s in protocol.sides}
             queries, targets = _queries(pair, protocol.query_step)
             found = _match(encoder, pair, queries, protocol).numpy()
             rounded = np.clip(np.rint(targets), 0, (width - 1, height - 1))
             for name, guess in (("found", found), ("zero flow", queries), ("floor", rounded)):
                 error = np.linalg.norm(guess - targets, axis=1)
-                limits = {f"pck_{limit:g}px": limit for limit in protocol.pixels}
-                limits |= {f"pck_{s:g}": s * max(height, width) for s in protocol.sides}
                 scores = {key: float((error <= limit).mean()) for key, limit in limits.items()}
                 tables[name].append(scores | {"endpoint_error_px": float(error.mean())})
             items.append(pair.name)
     if not items:
         raise ValueError("no pairs of frames to match")
-    values = {key: np.array([row[key] for row in tables["found"]]) for key in tables["found"][0]}
-    means: dict[str, Any] = {
-        name: {key: float(np.mean([row[key] for row in rows])) for key in values}
+    values = {
+        name: {key: np.array([row[key] for row in rows]) for key in rows[0]}
         for name, rows in tables.items()
     }
-    found_means = means.pop("found")
-    means["seconds"] = round(time.perf_counter() - start, 1)
-    return Outcome(found_means, values=values, items=items, details=means)
+    means = {n: {key: float(x.mean()) for key, x in part.items()} for n, part in values.items()}
+    return Outcome(means.pop("found"), values=values["found"], items=items, details={**means})
 
 
 def _queries(pair: FlowPair, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -99,12 +89,13 @@ def _queries(pair: FlowPair, step: int) -> tuple[np.ndarray, np.ndarray]:
         if array.shape[:2] != (height, width):
             raise ValueError(f"{pair.name}: {what} is {array.shape[:2]}, known {(height, width)}")
     rows, columns = np.mgrid[step // 2 : height : step, step // 2 : width : step].reshape(2, -1)
-    targets = np.stack([columns, rows], 1) + pair.flow[rows, columns]
+    queries = np.stack([columns, rows], 1)
+    targets = queries + pair.flow[rows, columns]
     inside = ((targets >= 0) & (targets <= (width - 1, height - 1))).all(1)
     kept = inside & pair.known[rows, columns]
     if not kept.any():
         raise ValueError(f"{pair.name}: no pixel of the grid has a known match inside the frame")
-    return np.stack([columns, rows], 1)[kept], targets[kept]
+    return queries[kept], targets[kept]
 
 
 def _match(
@@ -117,17 +108,15 @@ def _match(
 
     def sample(frame: int, pixels: Tensor) -> Tensor:
         """(N, sum C) with unit length over each level."""
-        read = (
-            sample_levels([x[0]], [s], *pixels.T.flip(0)) for x, s in zip(*maps[frame], strict=True)
-        )
+        at = pixels.T.flip(0)
+        read = (sample_levels([x[0]], [s], *at) for x, s in zip(*maps[frame], strict=True))
         return torch.cat([F.normalize(level, dim=1) for level in read], dim=1)
 
     device, (height, width) = maps[0][0][0].device, pair.known.shape
     pixels = torch.from_numpy(queries).to(device)
     asked = sample(0, pixels)  # (N, C)
     best, found = asked.new_full((len(asked),), -torch.inf), torch.zeros_like(pixels)
-    everywhere = torch.arange(height * width, device=device)
-    for part in everywhere.split(_KEYS):
+    for part in torch.arange(height * width, device=device).split(_KEYS):
         keys = torch.stack([part % width, part // width], 1)
         similarity, which = (asked @ sample(1, keys).T).max(1)
         found = torch.where((similarity > best)[:, None], keys[which], found)

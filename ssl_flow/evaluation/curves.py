@@ -19,36 +19,31 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatt
 from numpy.typing import NDArray
 
 # Okabe & Ito, told apart with any colour vision; without their yellow, too pale for a line.
-_COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-_BOUNDS = {
-    "constant_loss": "constant embedding",
-    "random_loss": "random",
-    "target_entropy": "target entropy",
-}
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 
 
 class Panel(NamedTuple):
-    """One quantity against the step: the first key is drawn bold, further ones are its bounds."""
+    """One quantity against the step."""
 
     title: str
     unit: str
-    keys: dict[str, str]
-    """Key in metrics.jsonl -> name in the legend."""
+    key: str  # in metrics.jsonl
     scale: str = "linear"  # linear, from_zero, log
     smooth: bool = True
+    bounds: tuple[str, ...] = ()  # further keys, drawn where there is one run
 
 
 _PANELS = [
-    Panel("loss", "loss", {"loss": "loss"} | _BOUNDS),
-    Panel("KL divergence (loss - target entropy)", "nats", {"kl": ""}),
-    Panel("flow a linear map leaves unexplained", "share", {"ridge": ""}),
-    Panel("effective rank of the embedding", "dimensions", {"effective_rank": ""}),
-    Panel("spread of the embedding", "standard deviation", {"embedding_std": ""}),
-    Panel("mined triplets in the wrong order", "share", {"wrong_triplets": ""}),
-    Panel("gradient norm", "norm, log scale", {"gradient_norm": ""}, "log"),
-    Panel("learning rate", "learning rate", {"learning_rate": ""}, "from_zero", False),
-    Panel("speed", "images / s", {"images_per_second": ""}, "from_zero"),
-    Panel("waiting for data", "share of the time", {"data_wait": ""}, "from_zero"),
+    Panel("loss", "loss", "loss", bounds=("constant_loss", "random_loss", "target_entropy")),
+    Panel("KL divergence (loss - target entropy)", "nats", "kl"),
+    Panel("flow a linear map leaves unexplained", "share", "ridge"),
+    Panel("effective rank of the embedding", "dimensions", "effective_rank"),
+    Panel("spread of the embedding", "standard deviation", "embedding_std"),
+    Panel("mined triplets in the wrong order", "share", "wrong_triplets"),
+    Panel("gradient norm", "norm, log scale", "gradient_norm", "log"),
+    Panel("learning rate", "learning rate", "learning_rate", "from_zero", False),
+    Panel("speed", "images / s", "images_per_second", "from_zero"),
+    Panel("waiting for data", "share of the time", "data_wait", "from_zero"),
 ]
 
 
@@ -91,10 +86,7 @@ def read_run(folder: Path) -> RunLog:
     """Read a run folder; a missing file counts as an empty one, torn lines are left out.
 
     The lines of one step (a probe has its own) are joined; `kl` is added to those of old runs.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: config.yaml is not a YAML file of keys.
+    FileNotFoundError without such a folder; ValueError if config.yaml is not a YAML file of keys.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no run folder {folder}; `ssl-flow train` prints the one it makes")
@@ -112,14 +104,16 @@ def read_run(folder: Path) -> RunLog:
     for line in filter(str.strip, text.split("\n")):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
-            row = None
-        if not (isinstance(row, dict) and is_number(row.get("step"))):
+            step = row["step"]
+        except (ValueError, TypeError, KeyError):  # torn, or not of a step
+            step = None
+        if is_number(step):
+            rows.setdefault(step, {}).update(row)
+        else:
             unreadable += 1
-            continue
+    for row in rows.values():
         if is_number(row.get("loss")) and is_number(row.get("target_entropy")):
             row["kl"] = row["loss"] - row["target_entropy"]
-        rows.setdefault(row["step"], {}).update(row)
     return RunLog(folder, _flat(config), [rows[step] for step in sorted(rows)], unreadable)
 
 
@@ -147,13 +141,11 @@ def exponential_mean(values: Sequence[float]) -> NDArray[np.float64]:
 def drawable_panels(runs: Sequence[RunLog]) -> list[Panel]:
     """The panels that at least one run has numbers for."""
     keys = sorted({key for run in runs for row in run.rows for key in row if key[:6] == "probe_"})
-    probes = [Panel(f"probe while training: {k[6:]}", k[6:], {k: ""}, smooth=False) for k in keys]
-
-    def has_numbers(panel: Panel) -> bool:
-        key, log = next(iter(panel.keys)), panel.scale == "log"
-        return any(value > 0 or not log for run in runs for value in run.curve(key)[1])
-
-    return [panel for panel in _PANELS + probes if has_numbers(panel)]
+    probes = [Panel(f"probe while training: {k[6:]}", k[6:], k, smooth=False) for k in keys]
+    return [
+        panel for panel in _PANELS + probes
+        if any(v > 0 or panel.scale != "log" for run in runs for v in run.curve(panel.key)[1])
+    ]  # fmt: skip
 
 
 def draw_curves(runs: Sequence[RunLog]) -> bytes | None:
@@ -172,9 +164,8 @@ def draw_curves(runs: Sequence[RunLog]) -> bytes | None:
         f"{run.name if names.count(run.name) == 1 else run.folder}: {run.summary}" for run in runs
     ]
     figure = Figure((4.6 * columns, 2.7 * rows + 0.3 * len(runs) + 0.2), 150, layout="constrained")
-    for panel, axes in zip(
-        panels, figure.subplots(rows, columns, squeeze=False).flat, strict=False
-    ):
+    figure.subplots(rows, columns, squeeze=False)
+    for panel, axes in zip(panels, figure.axes, strict=False):
         _draw_panel(axes, panel, runs)
     for axes in figure.axes[len(panels) :]:
         axes.remove()
@@ -194,28 +185,30 @@ def draw_curves(runs: Sequence[RunLog]) -> bytes | None:
 
 def _style(index: int) -> dict[str, Any]:
     styles = ["-", "--", ":", "-."]
-    turn = index // len(_COLORS) % len(styles)
-    return {"color": _COLORS[index % len(_COLORS)], "linestyle": styles[turn]}
+    turn = index // len(COLORS) % len(styles)
+    return {"color": COLORS[index % len(COLORS)], "linestyle": styles[turn]}
 
 
 def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[RunLog]) -> None:
-    bounded = len(runs) == 1 and any(runs[0].curve(key)[1] for key in list(panel.keys)[1:])
     for number, run in enumerate(runs):
-        for index, (key, label) in enumerate(panel.keys.items()):
-            steps, values = run.curve(key)
-            if not values or (index and not bounded):
-                continue
-            style = _style(number + index)
-            means = exponential_mean(values) if panel.smooth else np.array(values)
-            sparse = "o" if (len(values) < 30 and not panel.smooth) or len(values) == 1 else ""
-            if index:
-                axes.plot(steps, means, lw=1.4, label=label, **style | {"linestyle": "--"})
-            else:
-                axes.plot(steps, values, lw=0.8, alpha=0.35 if len(runs) == 1 else 0.2, **style)
-                axes.plot(steps, means, lw=2, label=label, marker=sparse, ms=4, **style)
+        steps, values = run.curve(panel.key)
+        if not values:
+            continue
+        means = exponential_mean(values) if panel.smooth else np.array(values)
+        sparse = "o" if (len(values) < 30 and not panel.smooth) or len(values) == 1 else ""
+        axes.plot(steps, values, lw=0.8, alpha=0.35 if len(runs) == 1 else 0.2, **_style(number))
+        axes.plot(steps, means, lw=2, marker=sparse, ms=4, label=panel.key, **_style(number))
+    bounds = [key for key in panel.bounds if len(runs) == 1 and runs[0].curve(key)[1]]
+    for index, key in enumerate(panel.bounds, start=1):
+        if key in bounds:
+            steps, values = runs[0].curve(key)
+            style = _style(index) | {"linestyle": "--"}
+            name = {"constant_loss": "constant embedding"}.get(key, key.removesuffix("_loss"))
+            label = name.replace("_", " ")
+            axes.plot(steps, exponential_mean(values), lw=1.4, label=label, **style)
     nats = panel.title == "loss" and any("kl" in row for run in runs for row in run.rows)
-    axes.set_title(panel.title, fontsize=10, loc="left", pad=17 if bounded else 6)
-    if bounded:
+    axes.set_title(panel.title, fontsize=10, loc="left", pad=17 if bounds else 6)
+    if bounds:
         axes.legend(fontsize=7.5, frameon=False, ncols=4, loc="lower left", borderpad=0,
                     bbox_to_anchor=(0, 1), columnspacing=0.9, handlelength=1.4)  # fmt: skip
     axes.set_xlabel("optimiser step", fontsize=8.5)

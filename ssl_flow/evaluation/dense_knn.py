@@ -1,16 +1,14 @@
 """Dense kNN: segmentation by retrieval from a memory of labelled patch features, nothing trained.
 
-    outcome = run_dense_knn(encoder, train_set, test_set, DenseKnn(), seed=0)
-
 Balažević et al., "Towards In-context Scene Understanding" (Hummingbird), NeurIPS 2023: the memory
 holds L2-normalised patch features of the training images and the share of each class in the patch;
 a test patch takes its k nearest ones (cosine) and averages their labels with the weights
 softmax(cosine / temperature); the class probabilities are upsampled bilinearly, then argmax.
 
-The numbers and the choice of patches are those of the public re-implementation, vpariza's
-open-hummingbird-eval (hbird/hbird_eval.py, README): memory_size // images patches of each training
-image, those with the smallest u * (sum of f_c over the classes c in the patch), f_c being the
-number of the image's patches that hold c and u uniform in [0, 1): rare classes come first.
+Numbers and the choice of patches: vpariza's open-hummingbird-eval (hbird/hbird_eval.py, README):
+memory_size // images patches of each training image, those with the smallest u * (sum of f_c over
+the classes c in the patch), f_c being the number of the image's patches that hold c and u uniform
+in [0, 1): rare classes come first.
 
 Ours: exact search instead of ScaNN's approximate one; float16 features in the memory; one pass over
 the training images as they are (theirs: two passes with random crops and colour jitter); ignored
@@ -77,16 +75,14 @@ def run_dense_knn(
             index = _faiss_index(features.shape[1])
             for part in features.split(65536):
                 index.add(part.float().cpu().numpy())
-        for item, patches, stride in image_features(
-            encoder, test_set, protocol.features, protocol.image_size, protocol.batch_images, "test"
-        ):
+        for item, patches, stride in image_features(encoder, test_set, protocol, "test"):
             queries = F.normalize(patches.flatten(1).T, dim=1)
+            k = min(protocol.neighbours, len(features))
             if index is None:
-                cosine, rows = nearest(features, queries, protocol.neighbours)
+                cosine, rows = nearest(features, queries, k)
             else:
-                k = min(protocol.neighbours, len(features))
-                result = index.search(queries.cpu().numpy(), k)
-                cosine, rows = (torch.from_numpy(x).to(queries.device) for x in result)
+                found = index.search(queries.cpu().numpy(), k)
+                cosine, rows = (torch.from_numpy(x).to(queries.device) for x in found)
             shares = vote(cosine, rows, labels, protocol.temperature)
             probabilities = shares.T.reshape(1, -1, *patches.shape[1:])
             full = resize_map(probabilities, stride, item.image.shape[:2], item.mask.shape)
@@ -101,15 +97,13 @@ def _fill(
     generator = torch.Generator().manual_seed(seed)
     features, labels = torch.empty(0), torch.empty(0)
     classes, limit, filled = len(dataset.classes), 0, 0
-    for item, patches, stride in image_features(
-        encoder, dataset, protocol.features, protocol.image_size, protocol.batch_images, "memory"
-    ):
+    for item, patches, stride in image_features(encoder, dataset, protocol, "memory"):
         channels, height, width = patches.shape
         if not limit:  # the first image tells the number of channels
             each = (6 if protocol.search == "faiss" else 2) * channels + 2 * classes
             rows = min(protocol.memory_size, int(protocol.memory_gib * 2**30 / each))
             limit = max(1, rows // len(dataset))
-            # What stays unused of this costs address space only (on a GPU: at most memory_gib).
+            # What stays unused costs address space only (on a GPU: at most memory_gib).
             features = patches.new_empty(limit * len(dataset), channels, dtype=torch.float16)
             labels = patches.new_empty(len(features), classes, dtype=torch.float16)
         mask = resize_mask(item.mask, item.image.shape[:2])
@@ -125,10 +119,7 @@ def _fill(
 
 
 def label_counts(mask: np.ndarray, stride: int, cells: tuple[int, int], classes: int) -> Tensor:
-    """Pixels of each class (h * w, K) int64 in the cells (h, w) of stride x stride of a mask.
-
-    The first cell starts at pixel 0, the last may reach past the (H, W) mask; 255 is not counted.
-    """
+    """Pixels of each class (h * w, K) int64 in the (h, w) cells of a mask (H, W), 255 left out."""
     rows, columns = np.nonzero(mask != IGNORE)
     cell = rows // stride * cells[1] + columns // stride
     minimum = cells[0] * cells[1] * classes

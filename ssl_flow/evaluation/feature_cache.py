@@ -50,10 +50,8 @@ def cache_features(
 
     `folder` has one sub-folder a key (for what a changed image is, see `data_digest`). A killed
     process loses one batch of `batch_images`. Returns a file an image, for `read_features`.
-
-    Raises:
-        ValueError: unknown features, an image whose features are not finite or beyond float16, or
-            no room on the disk for what is missing, if all images are like the first.
+    ValueError for unknown features, an image whose features are not finite or beyond float16, or no
+    room on the disk for what is missing, if all images are like the first.
     """
     check_features(encoder, features)
     about = [_VERSION, encoder_digest(encoder), data_digest(dataset), features]
@@ -61,20 +59,21 @@ def cache_features(
     place.mkdir(parents=True, exist_ok=True)
     files = [place / f"{index:07d}.safetensors" for index in range(len(dataset))]
     missing = [index for index, file in enumerate(files) if not file.exists()]
-    left = iter(missing)
     items = (dataset[index] for index in bar(missing, "features"))
     with frozen(encoder), torch.inference_mode():
-        for item, levels, _ in image_levels(encoder, items, features, batch_images):
-            data = save({str(k): _float16(x[0], item.name) for k, x in enumerate(levels)})
-            index = next(left)
-            if index == missing[0]:
-                need, free = (len(data) * len(missing), shutil.disk_usage(place).free)
-                if need > free:
-                    raise ValueError(
-                        f"the features of {len(missing)} more images need about "
-                        f"{need / 2**30:.1f} GiB, and {place} has {free / 2**30:.1f} GiB left: "
-                        "use another folder, or features of one level"
-                    )
+        found = image_levels(encoder, items, features, batch_images)
+        for index, (item, levels, _) in zip(missing, found, strict=True):
+            halves = [x[0].permute(1, 2, 0).half().cpu().contiguous() for x in levels]
+            if not all(torch.linalg.vector_norm(x, math.inf).isfinite() for x in halves):
+                raise ValueError(f"features of {item.name} exceed float16's range (65504)")
+            data = save({str(k): x for k, x in enumerate(halves)})
+            need, free = len(data) * len(missing), shutil.disk_usage(place).free
+            if index == missing[0] and need > free:
+                raise ValueError(
+                    f"the features of {len(missing)} more images need about {need / 2**30:.1f} GiB,"
+                    f" and {place} has {free / 2**30:.1f} GiB left: use another folder, or features"
+                    " of one level"
+                )
             write_atomically(files[index], data)
     return files
 
@@ -92,17 +91,14 @@ def read_features(file: Path) -> list[Tensor]:
 
 
 def cached_levels(
-    encoder: Encoder,
-    dataset: SegmentationSet,
-    features: str,
-    batch_images: int,
-    files: Sequence[Path] | None = None,
-    what: str = "features",
-) -> Iterator[tuple[Labelled, list[Tensor], list[int]]]:
-    """As `image_levels`; out of a cache's `files`, where there are any: float16, not copied."""
-    if files is None:
+    encoder: Encoder, dataset: SegmentationSet, features: str, batch_images: int,
+    folder: str | Path | None, what: str,
+) -> Iterator[tuple[Labelled, list[Tensor], list[int]]]:  # fmt: skip
+    """As `image_levels`; with a folder by way of its cache: float16, mapped, not copied."""
+    if folder is None:
         yield from image_levels(encoder, bar(dataset, what), features, batch_images)
         return
+    files = cache_features(encoder, dataset, folder, features, batch_images)
     device, strides = device_of(encoder), feature_strides(encoder, features)
     for item, file in zip(bar(dataset, what), files, strict=True):
         yield item, [level[None].to(device) for level in read_features(file)], strides
@@ -158,11 +154,3 @@ def _source(code: type | Callable[..., Any]) -> bytes:
         return Path(str(inspect.getsourcefile(inspect.unwrap(code)))).read_bytes()
     except (TypeError, OSError):
         return b""
-
-
-def _float16(level: Tensor, name: str) -> Tensor:
-    """(C, h, w) -> (h, w, C) float16 on the CPU; ValueError where float16 cannot hold a value."""
-    half = level.permute(1, 2, 0).half().cpu().contiguous()
-    if not torch.linalg.vector_norm(half, math.inf).isfinite():
-        raise ValueError(f"features of {name} exceed float16's range (65504)")
-    return half

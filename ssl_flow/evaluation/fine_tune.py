@@ -1,8 +1,5 @@
 """Fine-tuning: the encoder is where training starts, not what is judged as it is.
 
-    result = run_fine_tune(encoder, train_set, test_set, FineTune(decoder="fcn"), seed=0)
-    result.scores["miou"]
-
 A copy of the encoder is trained with a decoder on top: `fcn`, a head on the last map whose logits
 are upsampled (after Long et al., CVPR 2015, without their skips), or `unet`, which goes back up
 through all maps (after Ronneberger et al., MICCAI 2015). There is no published standard for this
@@ -32,6 +29,7 @@ from ssl_flow.evaluation.pixel_features import (
     normalized_batches,
 )
 from ssl_flow.models.encoder import Encoder
+from ssl_flow.models.head import to_stride
 
 
 @dataclass(frozen=True)
@@ -70,20 +68,15 @@ class Decoder(nn.Module):
         *finer, stride = self.strides
         x = self.last(level)
         for block, skip, target in zip(self.up[::-1], skips[::-1], finer[::-1], strict=True):
-            x = block(torch.cat([_upsampled(x, stride, target, skip.shape[-2:]), skip], dim=1))
-            stride = target
-        return _upsampled(self.classify(x), stride, 1, size)
+            height, width = skip.shape[-2:]
+            x = to_stride(x, stride, target)[..., :height, :width]
+            x, stride = block(torch.cat([x, skip], dim=1)), target
+        return to_stride(self.classify(x), stride, 1)[..., : size[0], : size[1]]
 
 
 def _block(channels: int, width: int) -> nn.Module:
     convolution = nn.Conv2d(channels, width, 3, padding=1, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
-
-
-def _upsampled(x: Tensor, stride: int, target: int, size: tuple[int, ...]) -> Tensor:
-    """A map of one stride bilinearly at a finer one; cells past (h, w) = `size` are cut off."""
-    full = [round(side * stride / target) for side in x.shape[-2:]]
-    return F.interpolate(x, full, mode="bilinear", align_corners=False)[..., : size[0], : size[1]]
 
 
 def run_fine_tune(
@@ -128,7 +121,6 @@ def _train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, protocol.steps)
     model.train()
     decoder.train()
-    loss = torch.zeros(())
     crops = _crops(dataset, protocol, np.random.default_rng(seed))
     batches = normalized_batches(model, crops, protocol.batch_images)
     steps = bar(range(protocol.steps), "fine-tune")
@@ -139,11 +131,11 @@ def _train(
         levels, _ = feature_levels(model, images, "hypercolumn", names, finite=False)
         logits = decoder(levels, masks.shape[1:])
         count = int((masks != IGNORE).sum())  # a batch may have none: its loss is then 0
-        total = F.cross_entropy(logits, masks, ignore_index=IGNORE, reduction="sum")
-        loss = total / max(1, count)
+        loss = F.cross_entropy(logits, masks, ignore_index=IGNORE, reduction="sum") / max(1, count)
         if not loss.isfinite():
-            found = f"the loss is {loss.item()} after {step} steps"
-            raise ValueError(f"{found}, of crops of {', '.join(names)}")
+            raise ValueError(
+                f"the loss is {loss} after {step} steps, of crops of {', '.join(names)}"
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -158,15 +150,13 @@ def _crops(
     side = protocol.crop
     while True:
         for index in rng.permutation(len(dataset)):
-            item = dataset[int(index)]
-            image, mask = item.image, item.mask
+            image, mask, name = dataset[int(index)]
             short = [(0, max(0, side - length)) for length in mask.shape]
             if any(after for _, after in short):
                 image = np.pad(image, [*short, (0, 0)], mode="edge")
                 mask = np.pad(mask, short, constant_values=IGNORE)
             y, x = (int(rng.integers(length - side + 1)) for length in mask.shape)
-            window = slice(y, y + side), slice(x, x + side)
-            image, mask = image[window], mask[window]
+            image, mask = image[y : y + side, x : x + side], mask[y : y + side, x : x + side]
             if protocol.flip and rng.random() < 0.5:
                 image, mask = image[:, ::-1], mask[:, ::-1]
-            yield Labelled(image, mask, item.name)
+            yield Labelled(image, mask, name)

@@ -12,6 +12,7 @@ score stays the one over images: of a mean, the ratio of the drawn groups' sums 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,8 +21,7 @@ import numpy as np
 from ssl_flow.evaluation.metrics import miou_of
 from ssl_flow.evaluation.outcome import Outcome
 
-_CHUNK = 2**20
-"""Numbers held at a time: draws times the larger of images and counts."""
+_CHUNK = 2**20  # numbers held at a time: draws times the larger of images and counts
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,17 @@ def interval_of_mean(
 def interval_of_miou(
     counts: np.ndarray, resamples: int = 2000, seed: int = 0, groups: Sequence[str] | None = None
 ) -> Interval:
-    """95 % interval of the mIoU of images with counts (N, 3, K) (`ConfusionMatrix.sums`).
+    """The same of the mIoU of images with counts (N, 3, K) or (S, N, 3, K).
 
-    Or (S, N, 3, K), the same images under S seeds. As in `ConfusionMatrix.miou`, a class that
-    neither truth nor prediction of a draw has does not count in its mean. ValueError for another
-    shape or no counted pixel at all.
+    As in `ConfusionMatrix.miou`, of whose `sums` they are, a class that neither truth nor
+    prediction of a draw has does not count in its mean. ValueError for another shape or no counted
+    pixel at all.
     """
     table = np.asarray(counts, np.float64)
     table = table[None] if table.ndim == 3 else table
     if table.ndim != 4 or table.shape[2] != 3 or not table.any((1, 2, 3)).all():
-        raise ValueError(
-            f"counts of shape {table.shape}, expected (S, N, 3, K) with counted pixels"
-        )
+        found = f"counts of shape {table.shape}"
+        raise ValueError(f"{found}, expected (S, N, 3, K) with counted pixels")
     return _interval(table, miou_of, resamples, seed, groups)
 
 
@@ -89,9 +88,8 @@ def interval_of_outcomes(
 ) -> Interval:
     """95 % interval of one score of one encoder, from its outcomes under one or several seeds.
 
-    `values[score]` is used where the score is a mean over images, `counts` for `miou`; `groups`
-    (of `items`): see `interval_of_mean`. ValueError for outcomes on different images, or with
-    neither values nor counts of this score.
+    Of `values[score]` where the score is a mean over images, of `counts` for `miou`; no interval
+    (nan) where there is neither. ValueError for outcomes on different images.
     """
     if not outcomes or any(o.items != outcomes[0].items for o in outcomes):
         raise ValueError("the outcomes are none, or not of the same images in the same order")
@@ -99,18 +97,16 @@ def interval_of_outcomes(
         return interval_of_mean(np.stack([o.values[score] for o in outcomes]), groups=groups)
     counts = [o.counts for o in outcomes if o.counts is not None]
     if score != "miou" or len(counts) != len(outcomes):
-        raise ValueError(f"no values per image of {score!r}")
+        seeds = tuple(o.scores[score] for o in outcomes)
+        return Interval(float(np.mean(seeds)), math.nan, math.nan, seeds)
     runs = [c.reshape(len(c), -1, *c.shape[-2:]).swapaxes(0, 1) for c in counts]  # (R, N, 3, K)
     return interval_of_miou(np.concatenate(runs), groups=groups)
 
 
 def _interval(
-    table: np.ndarray,
-    score: Callable[[np.ndarray], np.ndarray],
-    resamples: int,
-    seed: int,
+    table: np.ndarray, score: Callable[[np.ndarray], np.ndarray], resamples: int, seed: int,
     groups: Sequence[str] | None,
-) -> Interval:
+) -> Interval:  # fmt: skip
     """The score of what is summed over the N images of (S, N, ...), averaged over S."""
     if groups is not None:
         names, members = np.unique(groups, return_inverse=True)

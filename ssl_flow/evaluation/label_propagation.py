@@ -1,8 +1,5 @@
 """Label propagation: how far features alone carry the mask of a video's first frame.
 
-    result = run_label_propagation(encoder, open_videos("davis:data/DAVIS").videos)
-    result.scores["J&F"]
-
 Every frame's cells take the soft labels of their nearest neighbours in the first frame and the few
 before it, within a spatial neighbourhood. As Jabri et al. (NeurIPS 2020), with the settings and the
 details of DINO (Caron et al., ICCV 2021; facebookresearch/dino: eval_video_segmentation.py).
@@ -11,7 +8,6 @@ Only the features of the context are kept, and similarities are made tile by til
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +26,7 @@ from ssl_flow.evaluation.outcome import Outcome, Settings
 from ssl_flow.evaluation.pixel_features import bar, check_features, frozen, image_levels, spread
 from ssl_flow.evaluation.video_metrics import davis_summary, sequence_scores
 from ssl_flow.models.encoder import Encoder
+from ssl_flow.models.head import to_stride
 
 _TILE = 16  # side of the squares of cells that are looked up at once; no influence on the result
 
@@ -56,11 +53,8 @@ def run_label_propagation(
     """Propagate the first mask of every video and score the others; nothing is random.
 
     Scores are DAVIS's at the masks' resolution; `values` and `items` are those of the objects, over
-    which DAVIS takes the mean; the examples are the last frames of some sequences.
-
-    Raises:
-        ValueError: a video of fewer than 3 frames (the first is given, the last is not scored),
-            none at all, and as all protocols do.
+    which DAVIS takes the mean; the examples are the last frames of some sequences. ValueError also
+    for no video, or one of fewer than 3 frames (the first is given, the last is not scored).
     """
     protocol = protocol or LabelPropagation()
     features = protocol.features or _default_features(encoder)
@@ -68,9 +62,8 @@ def run_label_propagation(
     if features == "hypercolumn":
         raise ValueError("labels are propagated on one map: name a stage or the embedding")
     short = [video.name for video in videos if len(video) < 3]
-    if short or not len(videos):
+    if short or not videos:
         raise ValueError(f"no video of 3 frames to propagate along: {short or 'no video at all'}")
-    start = time.perf_counter()
     scored, items, kept = [], [], []
     wanted = spread(len(videos), EXAMPLES)
     with frozen(encoder):
@@ -85,7 +78,7 @@ def run_label_propagation(
         scores=davis_summary(scored),
         values={"J&F mean": means.mean(1), "J mean": means[:, 0], "F mean": means[:, 1]},
         items=items,
-        details={"features": features, "seconds": round(time.perf_counter() - start, 1)},
+        details={"features": features},
         examples=kept,
     )
 
@@ -173,8 +166,7 @@ def _full_resolution(
     As in DINO's script: bilinear to the resized frame, every channel stretched to 0..1, the highest
     one taken, and only then to the masks' size, by nearest neighbour.
     """
-    up = F.interpolate(soft[None], scale_factor=stride, mode="bilinear", align_corners=False)
-    labels = up[0, :, : size[0], : size[1]]  # cells may reach past the frame
+    labels = to_stride(soft[None], stride, 1)[0, :, : size[0], : size[1]]
     low = labels.amin((1, 2), keepdim=True)
     span = (labels.amax((1, 2), keepdim=True) - low).clamp_min(torch.finfo(soft.dtype).tiny)
     chosen = ((labels - low) / span).argmax(0).byte().cpu().numpy()

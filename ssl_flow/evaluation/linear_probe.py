@@ -6,13 +6,12 @@
 The classifier is BatchNorm + 1x1 convolution on the hypercolumn (Hariharan et al., CVPR 2015):
 every level of the encoder sampled bilinearly at a labelled pixel of the full-resolution mask.
 Training sees a sample of such pixels, cached once. Scoring uses that a 1x1 convolution commutes
-with bilinear upsampling: each level is projected to the classes at its own resolution and the
-logits are upsampled and summed: the same function, and no hypercolumn of every pixel in memory.
+with bilinear upsampling: no hypercolumn of every pixel is ever in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -21,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_flow.data.segmentation import IGNORE, SegmentationSet
-from ssl_flow.evaluation.feature_cache import cache_features, cached_levels
+from ssl_flow.data.segmentation import IGNORE, Labelled, SegmentationSet
+from ssl_flow.evaluation.feature_cache import cached_levels
 from ssl_flow.evaluation.metrics import SegmentationScores
 from ssl_flow.evaluation.outcome import Outcome, Settings
 from ssl_flow.evaluation.pixel_features import (
@@ -61,36 +60,34 @@ def run_linear_probe(
 ) -> Outcome:
     """Train the probe on one split, score it on another (`outcome.py` has what all protocols do).
 
-    `seed` is that of the pixel sample and the batches. In a folder `cache` the features of both
-    splits are kept as float16 (`cache_features`), so that the next probe of this encoder computes
-    none; by default nothing is kept.
+    `seed` is that of the pixel sample and the batches. A folder `cache` keeps the features of both
+    splits as float16 (`cache_features`), so that the next probe of this encoder computes none.
+    ValueError also for a loss that is not finite.
     """
     protocol = protocol or LinearProbe()
     check_input(encoder, protocol.features, train_set, test_set, labelled=True)
     scores = SegmentationScores(test_set)
     generator = torch.Generator().manual_seed(seed)
-    train_files, test_files = (
-        cache_features(encoder, s, cache, protocol.features, protocol.batch_images)
-        if cache
-        else None
-        for s in (train_set, test_set)
-    )
+    walk = protocol.features, protocol.batch_images, cache
     with frozen(encoder):
-        features, labels, used = _collect(encoder, train_set, protocol, generator, train_files)
+        found = cached_levels(encoder, train_set, *walk, "train features")
+        features, labels, used = _collect(found, len(train_set), protocol, generator)
         weight, bias, right = _fit(features, labels, len(train_set.classes), protocol, generator)
         del features
-        _score(encoder, test_set, weight, bias, protocol, scores, test_files)
+        with torch.inference_mode():
+            for item, levels, strides in cached_levels(encoder, test_set, *walk, "test"):
+                logits = project_levels(levels, strides, weight, bias, item.mask.shape)
+                scores.add(item, logits[0].argmax(0).byte().cpu().numpy())
     return scores.outcome(
         seed=seed, train_accuracy=right, pixels_per_image=used, channels=weight.shape[1]
     )
 
 
 def _collect(
-    encoder: Encoder,
-    dataset: SegmentationSet,
+    found: Iterable[tuple[Labelled, list[Tensor], list[int]]],
+    images: int,
     protocol: LinearProbe,
     generator: torch.Generator,
-    files: Sequence[Path] | None,
 ) -> tuple[Tensor, Tensor, int]:
     """Features (N, C) float16 and labels (N,) of the sampled pixels, and the pixels per image.
 
@@ -98,14 +95,12 @@ def _collect(
     """
     features, labels, slots = torch.empty(0), torch.empty(0), torch.empty(0)
     limit, filled = 0, 0
-    for item, levels, strides in cached_levels(
-        encoder, dataset, protocol.features, protocol.batch_images, files, "train features"
-    ):
+    for item, levels, strides in found:
         if not limit:  # the first image tells the number of channels
             channels = sum(level.shape[1] for level in levels)
-            affordable = int(protocol.cache_gib * 2**30 / (2 * channels * len(dataset)))
+            affordable = int(protocol.cache_gib * 2**30 / (2 * channels * images))
             limit = max(1, min(protocol.pixels_per_image, affordable))
-            size, device = (limit * len(dataset), channels), levels[0].device
+            size, device = (limit * images, channels), levels[0].device
             features = torch.empty(size, dtype=torch.float16, device=device)
             labels = torch.full([len(features)], -1, device=device)
             slots = torch.randperm(len(features), generator=generator).to(labels)
@@ -153,6 +148,8 @@ def _fit(
         loss.backward()
         optimizer.step()
         schedule.step()
+    if not loss.isfinite():
+        raise ValueError(f"the training loss is {loss.item()}: lower lr = {protocol.lr}")
     with torch.inference_mode():
         right = sum(
             (F.linear(x.float(), weight, bias).argmax(1) == y).sum()
@@ -174,20 +171,3 @@ def _standardize(features: Tensor) -> tuple[Tensor, Tensor]:
     for chunk in chunks:
         chunk.copy_((chunk.float() - mean.float()).mul_(scale))
     return scale, mean.float()
-
-
-@torch.inference_mode()
-def _score(
-    encoder: Encoder,
-    dataset: SegmentationSet,
-    weight: Tensor,
-    bias: Tensor,
-    protocol: LinearProbe,
-    scores: SegmentationScores,
-    files: Sequence[Path] | None,
-) -> None:
-    for item, levels, strides in cached_levels(
-        encoder, dataset, protocol.features, protocol.batch_images, files, "test"
-    ):
-        logits = project_levels(levels, strides, weight, bias, item.mask.shape)
-        scores.add(item, logits[0].argmax(0).byte().cpu().numpy())

@@ -114,16 +114,15 @@ class BnProbe(Settings):
         """Classes of a test image at its mask's resolution, and that mask."""
         size = _short_side(item.mask.shape, self.input_size)
         image = resize_image(item.image, size)
-        total = count = torch.zeros(())
-        for rows, columns in itertools.product(*(self._starts(side) for side in size)):
-            window = slice(rows, rows + self.input_size), slice(columns, columns + self.input_size)
+        total, count = torch.zeros(()), torch.zeros(size)
+        for y, x in itertools.product(*(self._starts(side) for side in size)):
+            window = slice(y, y + self.input_size), slice(x, x + self.input_size)
             logits = classify(image[window], (self.input_size, self.input_size))
             if not total.ndim:
-                total, count = (logits.new_zeros(1, k, *size) for k in (logits.shape[1], 1))
+                total = logits.new_zeros(1, logits.shape[1], *size)
             total[..., window[0], window[1]] += logits
-            count[..., window[0], window[1]] += 1
-        total /= count
-        return _largest(total, item.mask.shape), item.mask
+            count[window] += 1
+        return _largest(total / count.to(total.device), item.mask.shape), item.mask
 
     def _starts(self, side: int) -> list[int]:
         """First pixels of the windows along one side."""
@@ -144,10 +143,8 @@ def _largest(logits: Tensor, size: tuple[int, ...]) -> Tensor:
 
 
 def _short_side(size: tuple[int, ...], short: int) -> tuple[int, int]:
-    height, width = size
-    if height > width:
-        return int(short * height / width + 0.5), short
-    return short, int(short * width / height + 0.5)
+    height, width = (int(short * side / min(size) + 0.5) for side in size)
+    return height, width
 
 
 def distort_colors(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -164,14 +161,9 @@ def distort_colors(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     shift, turn = rng.uniform(-32, 32), rng.uniform(-0.5, 0.5)
     factor, color = rng.uniform(0.5, 1.5, 2)
     pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)
-    if brightness:
-        pixels = linear(1, shift)
-    if contrast and early:
-        pixels = linear(factor, 0)
-    if saturation:
-        pixels = V.adjust_saturation_image(pixels, color)
-    if hue:
-        pixels = V.adjust_hue_image(pixels, turn)
-    if contrast and not early:
-        pixels = linear(factor, 0)
+    pixels = linear(1, shift) if brightness else pixels
+    pixels = linear(factor, 0) if contrast and early else pixels
+    pixels = V.adjust_saturation_image(pixels, color) if saturation else pixels
+    pixels = V.adjust_hue_image(pixels, turn) if hue else pixels
+    pixels = linear(factor, 0) if contrast and not early else pixels
     return pixels.permute(1, 2, 0).numpy()

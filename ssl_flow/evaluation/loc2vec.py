@@ -1,8 +1,5 @@
 """Embeddings of a map's tiles, judged: what lies there, what is alike, what is near.
 
-    result = run_loc2vec(load_judged("runs/NAME", 0, tile_map), tile_map, Loc2Vec(metres=200))
-    result.scores["knn_landcover"], result.scores["effective_rank"]
-
 The split is spatial (`tile_blocks`): neighbours and the linear classifier come from tiles of the
 train blocks, what is scored from the inner parts of the others, and no two such tiles share ground.
 Training holds out the same blocks, so an encoder may be judged on the map that it has learned.
@@ -10,9 +7,9 @@ Training holds out the same blocks, so an encoder may be judged on the map that 
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -36,6 +33,7 @@ class Loc2Vec(Settings):
     """The protocol; all of it is ours."""
 
     name: ClassVar[str] = "loc2vec"
+    version: ClassVar[int] = 2  # 1: the same, without spearman where all embeddings are alike
     metres: float = 200  # side of a tile on the ground, as the encoder was trained
     pixels: int = 64  # side of a tile, likewise
     train_tiles: int = 3000
@@ -68,9 +66,7 @@ class Histograms(nn.Module):
 def load_judged(spec: str, seed: int, tile_map: TileMap) -> nn.Module:
     """`histograms`, `random:NAME`, or a folder with an encoder of this map's channels.
 
-    Raises:
-        ValueError: it takes other channels.
-        FileNotFoundError, WeightsError: see `load_tile_encoder`.
+    ValueError where it takes other channels; FileNotFoundError, WeightsError: `load_tile_encoder`.
     """
     if spec == "histograms":
         return Histograms()
@@ -88,15 +84,15 @@ def load_judged(spec: str, seed: int, tile_map: TileMap) -> nn.Module:
     return encoder
 
 
-def embed_tiles(encoder: nn.Module, tiles: np.ndarray, size: int = 256) -> np.ndarray:
-    """(N, H, W, C) uint8 -> (N, D) float32."""
-    device, normalize = device_of(encoder), getattr(encoder, "normalize")  # noqa: B009
-    with frozen(encoder):  # type: ignore[arg-type]
-        parts = [
-            encoder(normalize(torch.from_numpy(tiles[i : i + size]).to(device))).float().cpu()
-            for i in range(0, len(tiles), size)
-        ]
-    return torch.cat(parts).numpy()
+def embed_tiles(encoder: Any, tiles: np.ndarray, size: int = 256) -> np.ndarray:  # noqa: ANN401
+    """(N, H, W, C) uint8 -> (N, D) float32; ValueError where these are not finite."""
+    device = device_of(encoder)
+    with frozen(encoder):
+        parts = torch.from_numpy(tiles).split(size)
+        found = torch.cat([encoder(encoder.normalize(x.to(device))).float().cpu() for x in parts])
+    if not found.isfinite().all():
+        raise ValueError("the encoder's embeddings of the map's tiles are not finite")
+    return found.numpy()
 
 
 def run_loc2vec(encoder: nn.Module, tile_map: TileMap, protocol: Loc2Vec | None = None) -> Outcome:
@@ -106,11 +102,9 @@ def run_loc2vec(encoder: nn.Module, tile_map: TileMap, protocol: Loc2Vec | None 
     neighbours; logistic regression of standardised embeddings); `triplets_...`, how often a tile is
     nearer to its shifted, turned self than to another 1-4, 4-16 or more tiles away;
     `effective_rank`; `silhouette_LABEL` of the classes; `spearman` of the distances of embeddings
-    and on the ground. BatchNorm statistics of an untrained encoder are estimated on the train
-    tiles.
-
-    Raises:
-        ValueError: the encoder was trained on other tiles, or too few can be judged.
+    and on the ground (0 where all embeddings are alike). BatchNorm statistics of an untrained
+    encoder are estimated on the train tiles. ValueError where the encoder was trained on other
+    tiles, or too few can be judged.
     """
     from scipy.spatial.distance import cdist
     from scipy.stats import spearmanr
@@ -120,7 +114,7 @@ def run_loc2vec(encoder: nn.Module, tile_map: TileMap, protocol: Loc2Vec | None 
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    start, protocol = time.perf_counter(), protocol or Loc2Vec()
+    protocol = protocol or Loc2Vec()
     check_tile(encoder, protocol)
     train, test, again = judged_tiles(tile_map, protocol)
     estimate_untrained(encoder, train.tiles)
@@ -151,8 +145,8 @@ def run_loc2vec(encoder: nn.Module, tile_map: TileMap, protocol: Loc2Vec | None 
     pairs = np.triu_indices(len(found), 1)
     scores = {name: float(value.mean()) for name, value in values.items()}
     scores["effective_rank"] = effective_rank(torch.from_numpy(found))
-    if np.ptp(between[pairs]) > 0:
-        scores["spearman"] = float(spearmanr(between[pairs], apart[pairs]).statistic)
+    alike = np.ptp(between[pairs]) == 0  # collapsed
+    scores["spearman"] = 0.0 if alike else float(spearmanr(between[pairs], apart[pairs]).statistic)
     blocks = tile_blocks(protocol.metres).cells(test.places).astype(int)
     per_class: dict[str, float | None] = {}
     for label, truth in list(test.labels.items())[:1]:
@@ -160,17 +154,17 @@ def run_loc2vec(encoder: nn.Module, tile_map: TileMap, protocol: Loc2Vec | None 
             if (mine := truth == value).any():
                 per_class[name] = float(values[f"knn_{label}"][mine].mean())
     items = [f"{row}_{column}/{i}" for i, (row, column) in enumerate(blocks.tolist())]
-    details = {
-        "dimensions": found.shape[1],
-        "train_tiles": len(known),
-        "test_tiles": len(found),
-        "most_common_class": {
-            label: float(np.unique(truth, return_counts=True)[1].max() / len(truth))
-            for label, truth in test.labels.items()
-        },
-        "seconds": round(time.perf_counter() - start, 1),
+    common = {
+        k: float(np.unique(x, return_counts=True)[1].max() / len(x)) for k, x in test.labels.items()
     }
+    details = {"dimensions": found.shape[1], "train_tiles": len(known), "test_tiles": len(found),
+               "most_common_class": common}  # fmt: skip
     return Outcome(scores, None, values, items, per_class, details)
+
+
+def files_of(tile_map: TileMap) -> list[Path]:
+    """What a map is read from; their sizes and times tell whether it is still the same."""
+    return [p for p in sorted(tile_map.path.rglob("*")) if p.is_file()] or [tile_map.path]
 
 
 def check_tile(encoder: nn.Module, protocol: Loc2Vec) -> None:
@@ -196,8 +190,7 @@ def estimate_untrained(encoder: Any, tiles: np.ndarray, count: int = 1024) -> No
 def judged_tiles(tile_map: TileMap, protocol: Loc2Vec) -> tuple[Judged, Judged, np.ndarray]:
     """Tiles of the train blocks, tiles to score, and these shifted and turned (N, S, S, C).
 
-    Raises:
-        ValueError: fewer than 20 can be learned from, or scored.
+    ValueError where fewer than 20 can be learned from, or scored.
     """
     blocks = tile_blocks(protocol.metres)
     train = _draw(tile_map, protocol, blocks.train, protocol.train_tiles, 0)

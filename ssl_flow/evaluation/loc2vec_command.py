@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ssl_flow.data.georeference import great_circle
 from ssl_flow.data.open_map import open_map_spec
 from ssl_flow.evaluation.feature_cache import encoder_digest
-from ssl_flow.evaluation.loc2vec import embed_tiles, load_judged
+from ssl_flow.evaluation.loc2vec import embed_tiles, files_of, load_judged
 from ssl_flow.evaluation.refusal import told
 from ssl_flow.flow.shard import write_atomically
 from ssl_flow.models import pick_device
@@ -66,16 +66,14 @@ class Neighbours:
 
 def embed_command(argv: list[str]) -> int:
     """Run `ssl-flow loc2vec embed`; 2 for bad input, told on stderr."""
-    prog = "ssl-flow loc2vec embed"
-    command = tyro.cli(Embed, args=argv, prog=prog)
-    return told(prog, lambda: _embed(command))
+    command = tyro.cli(Embed, args=argv, prog="ssl-flow loc2vec embed")
+    return told("ssl-flow loc2vec embed", lambda: _embed(command))
 
 
 def neighbours_command(argv: list[str]) -> int:
     """Run `ssl-flow loc2vec neighbours`; 2 for bad input, told on stderr."""
-    prog = "ssl-flow loc2vec neighbours"
-    command = tyro.cli(Neighbours, args=argv, prog=prog)
-    return told(prog, lambda: _neighbours(command))
+    command = tyro.cli(Neighbours, args=argv, prog="ssl-flow loc2vec neighbours")
+    return told("ssl-flow loc2vec neighbours", lambda: _neighbours(command))
 
 
 def _embed(command: Embed) -> None:
@@ -90,7 +88,10 @@ def _embed(command: Embed) -> None:
     if not tile["metres"] > 0:
         raise ValueError(f"{command.encoder} does not say how large its tiles are: give --metres")
     digests = [encoder_digest(encoder), hashlib.sha256(places.tobytes()).hexdigest()]
-    about = json.dumps([*digests, str(tile_map.path.resolve()), tile_map.channels, tile])
+    stamps = [
+        (str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files_of(tile_map)
+    ]
+    about = json.dumps([*digests, stamps, tile_map.channels, tile])
     parts = command.out.with_name(command.out.name + ".parts")
     noted = parts / "about.json"
     if not noted.exists() or noted.read_text() != about:
@@ -117,12 +118,12 @@ def read_places(path: Path) -> np.ndarray:
         lines = [line for line in csv.reader(file) if line]
     columns, first = [0, 1], 0
     heads = [head.strip().lower() for head in lines[0]] if lines else []
-    if heads and not _is_number(heads[0]):
+    if heads and heads[0][:1] not in tuple("+-.0123456789"):
         names = (("lon", "longitude", "lng"), ("lat", "latitude"))
-        found = [next((heads.index(n) for n in known if n in heads), -1) for known in names]
-        if -1 in found:
+        columns = [next((heads.index(n) for n in known if n in heads), -1) for known in names]
+        if -1 in columns:
             raise ValueError(f"{path} has the columns {', '.join(heads)}; expected lon and lat")
-        columns, first = found, 1
+        first = 1
     places = []
     for number, line in enumerate(lines[first:], start=first + 1):
         try:
@@ -142,9 +143,8 @@ def write_vectors(path: Path, places: np.ndarray, vectors: np.ndarray) -> None:
     if path.suffix == ".npy":
         np.save(buffer, vectors)
     elif path.suffix == ".csv":
-        head = ",".join(table)
-        np.savetxt(buffer, np.column_stack(list(table.values())), "%.9g", ",", header=head,
-                   comments="")  # fmt: skip
+        rows = np.column_stack(list(table.values()))
+        np.savetxt(buffer, rows, "%.9g", ",", header=",".join(table), comments="")
     else:
         pyarrow, parquet = _pyarrow()
         parquet.write_table(pyarrow.table(table), buffer)
@@ -157,8 +157,7 @@ def read_vectors(path: Path) -> tuple[np.ndarray, np.ndarray]:
         vectors = np.load(path)
         return np.full((len(vectors), 2), np.nan), vectors
     if path.suffix == ".parquet":
-        columns = _pyarrow()[1].read_table(path).to_pydict()
-        table = np.array(list(columns.values())).T
+        table = np.array(list(_pyarrow()[1].read_table(path).to_pydict().values())).T
     elif path.suffix == ".csv":
         table = np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2)
     else:
@@ -184,20 +183,11 @@ def _neighbours(command: Neighbours) -> None:
         print(f"{index},{lon:.7g},{lat:.7g},{distances[index]:.6g}")
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
 def _pyarrow():  # type: ignore[no-untyped-def]  # noqa: ANN202 (two modules without types)
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise ImportError(
-            "a .parquet file needs pyarrow: pip install 'ssl-flow[parquet]', or take .csv or .npy"
-        ) from error
+        hint = "pip install 'ssl-flow[parquet]', or take .csv or .npy"
+        raise ImportError(f"a .parquet file needs pyarrow: {hint}") from error
     return pyarrow, parquet

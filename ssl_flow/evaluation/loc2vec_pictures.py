@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_flow.data.georeference import great_circle
 from ssl_flow.data.tiles import TileMap
 from ssl_flow.evaluation.loc2vec import Judged, Loc2Vec, embed_tiles
-from ssl_flow.evaluation.pictures import strip
+from ssl_flow.evaluation.pictures import fit_colors, strip
 from ssl_flow.models import TileEncoder
 
 # Of a layer whose name begins so; the first layers are drawn last. Others get a hue of their own.
@@ -83,15 +86,18 @@ def walks(points: np.ndarray, rng: np.random.Generator, steps: int = 9) -> np.nd
     """(6, steps) indices: from one point to a distant one, the nearest not yet seen on the way."""
     grid = []
     for start in rng.choice(len(points), min(6, len(points)), replace=False):
-        far = np.argsort(np.linalg.norm(points - points[start], axis=1))[-len(points) // 5 :]
-        end = int(rng.choice(far))
+        end = int(rng.choice(_nearest(points, points[start])[-len(points) // 5 :]))
         line = [int(start)]
         for share in np.linspace(0, 1, steps)[1:-1]:
-            at = (1 - share) * points[start] + share * points[end]
-            order = np.argsort(np.linalg.norm(points - at, axis=1))
+            order = _nearest(points, (1 - share) * points[start] + share * points[end])
             line.append(int(next((i for i in order if i not in (*line, end)), end)))
         grid.append([*line, end])
     return np.array(grid)
+
+
+def _nearest(points: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Indices of (N, D) points, nearest first."""
+    return np.asarray(np.linalg.norm(points - place, axis=1).argsort())
 
 
 def _sums(
@@ -100,18 +106,16 @@ def _sums(
     label = next(iter(judged.labels), None)
     if label is None:
         return None
-    classes = judged.labels[label]
+    classes, names = judged.labels[label], tile_map.labels[label].names or {}
     found, counts = np.unique(classes, return_counts=True)
     common = found[np.argsort(-counts)][:4].tolist()
-    names = tile_map.labels[label].names or {}
     means = {c: points[classes == c].mean(0) for c in common}
     heads, grid = [], []
-    for a, b in [(a, b) for a in common for b in common if a != b][:6]:
+    for a, b in list(itertools.permutations(common, 2))[:6]:
         mine = np.flatnonzero(classes == a)
-        tile = mine[np.linalg.norm(points[mine] - means[a], axis=1).argsort()[len(mine) // 2]]
-        result = points[tile] - means[a] + means[b]
+        tile = mine[_nearest(points[mine], means[a])[len(mine) // 2]]
         heads.append(f"{names.get(a, a)} to {names.get(b, b)}")
-        grid.append([tile, -1, *np.linalg.norm(points - result, axis=1).argsort()[:8]])
+        grid.append([tile, -1, *_nearest(points, points[tile] - means[a] + means[b])[:8]])
     return (heads, np.array(grid)) if grid else None
 
 
@@ -135,30 +139,17 @@ def map_picture(
         if tile_map.content(tile) >= 0.05 and tile_map.is_land(xy[None, row, column])[0]:
             kept[row, column] = True
             tiles.append(tile)
+    weight, bias = fit_colors(torch.from_numpy(points))
+    shown = torch.from_numpy(embed_tiles(encoder, np.stack(tiles))) @ weight.T + bias
     colours = np.full((*kept.shape, 3), 128, np.uint8)
-    colours[kept] = pca_colours(points, embed_tiles(encoder, np.stack(tiles)))
+    colours[kept] = (shown.clamp(0, 1) * 255).round().byte().numpy()
     shape = (round(720 * width / height), 720)
-    side = cv2.resize(colours, shape, interpolation=cv2.INTER_NEAREST)
-    return np.hstack([_overview(tile_map, shape), np.full((720, 8, 3), 255, np.uint8), side])
-
-
-def _overview(tile_map: TileMap, shape: tuple[int, int]) -> np.ndarray:
-    """The whole map as a picture of `shape` (width, height)."""
-    width, height = tile_map.size
     bands = [raster.read(0, 0, width, height)[..., band] for raster in tile_map.rasters
              for band in range(len(raster.channels))]  # fmt: skip
     small = [cv2.resize(band, shape, interpolation=cv2.INTER_AREA) for band in bands]
-    return np.asarray(tile_rgb(np.stack(small, -1)[None], tile_map)[0])
-
-
-def pca_colours(points: np.ndarray, shown: np.ndarray) -> np.ndarray:
-    """(M, 3) uint8: `shown` (M, D) in the first three principal components of `points` (N, D)."""
-    mean = points.mean(0)
-    basis = np.linalg.svd(points - mean, full_matrices=False)[2][:3].T
-    low, high = np.quantile((points - mean) @ basis, (0.02, 0.98), axis=0)
-    scaled = ((shown - mean) @ basis - low) / np.maximum(high - low, 1e-9)
-    colours: np.ndarray = (scaled.clip(0, 1) * 255).round().astype(np.uint8)
-    return colours
+    whole = tile_rgb(np.stack(small, -1)[None], tile_map)[0]
+    side = cv2.resize(colours, shape, interpolation=cv2.INTER_NEAREST)
+    return np.hstack([whole, np.full((720, 8, 3), 255, np.uint8), side])
 
 
 def scatter(points: np.ndarray, shown: np.ndarray, size: int = 1400, side: int = 44) -> np.ndarray:
@@ -193,18 +184,18 @@ def filters(encoder: TileEncoder, tiles: np.ndarray, tile_map: TileMap) -> np.nd
     sign = torch.tensor([1.0, -1.0], device=device).repeat_interleave(dimensions)
     unit = torch.arange(dimensions, device=device).repeat(2)
     optimizer = torch.optim.Adam([logits], lr=0.1)
+
+    def pixels() -> Tensor:
+        """(B, C, side, side) in 0..1, smooth."""
+        return F.interpolate(logits, (side, side), mode="bilinear").sigmoid()
+
     for step in range(60):
         shift = (3 * step % 7 - 3, 5 * step % 7 - 3)
-        values = _pixels(logits, side).roll(shift, (2, 3))
+        values = pixels().roll(shift, (2, 3))
         answer = encoder(encoder.normalize(255 * values.permute(0, 2, 3, 1)))
         loss = -(sign * answer.gather(1, unit[:, None])[:, 0]).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    made = (255 * _pixels(logits, side)).detach().permute(0, 2, 3, 1).round().byte().cpu().numpy()
+    made = (255 * pixels()).detach().permute(0, 2, 3, 1).round().byte().cpu().numpy()
     return neighbour_sheet(tile_rgb(made, tile_map), np.arange(2 * dimensions).reshape(2, -1))
-
-
-def _pixels(logits: Tensor, side: int) -> Tensor:
-    """(B, C, side, side) in 0..1, smooth."""
-    return torch.nn.functional.interpolate(logits, (side, side), mode="bilinear").sigmoid()

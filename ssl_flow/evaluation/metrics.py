@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
@@ -49,8 +48,7 @@ class ConfusionMatrix:
         self.counts += pairs.view(classes, classes)
 
     def sums(self) -> np.ndarray:
-        """(3, num_classes) int64, all that the scores need: pixels of each class that are right, of
-        the truth, of the prediction."""
+        """(3, num_classes) pixels of each class: right, of the truth, of the prediction."""
         return torch.stack([self.counts.diag(), self.counts.sum(1), self.counts.sum(0)]).numpy()
 
     def iou(self) -> np.ndarray:
@@ -93,7 +91,7 @@ def effective_rank(points: Tensor) -> float:
 
 
 class SegmentationScores:
-    """What is right of each image of a set, and a few images to look at; the clock runs.
+    """What is right of each image of a set, and a few images to look at.
 
     >>> scores = SegmentationScores(test_set)
     >>> scores.add(item, prediction)
@@ -102,9 +100,8 @@ class SegmentationScores:
 
     def __init__(self, dataset: SegmentationSet) -> None:
         """The set whose images will be added in its order."""
-        self._dataset, self._start = dataset, time.perf_counter()
-        self._wanted = spread(len(dataset), EXAMPLES)
-        self._counts: list[np.ndarray] = []
+        self._dataset, self._wanted = dataset, spread(len(dataset), EXAMPLES)
+        self.counts: list[np.ndarray] = []  # (3, K) of each image
         self._items: list[str] = []
         self._examples: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
@@ -116,12 +113,12 @@ class SegmentationScores:
         if len(self._items) in self._wanted:
             image = resize_image(item.image, prediction.shape)
             self._examples.append((image, mask, prediction.astype(np.uint8)))
-        self._counts.append(matrix.sums())
+        self.counts.append(matrix.sums())
         self._items.append(item.name)
 
     def outcome(self, **details: Any) -> Outcome:  # noqa: ANN401 (whatever JSON holds)
         """mIoU and pixel accuracy over all pixels of the set; ValueError if all are ignored."""
-        counts = np.stack(self._counts)
+        counts = np.stack(self.counts)
         right, true, _ = total = counts.sum(0)
         if not true.any():
             raise ValueError(f"{self._dataset.name}: no pixel to score has a label")
@@ -129,5 +126,4 @@ class SegmentationScores:
         scores = {"miou": float(miou_of(total)), "pixel_accuracy": accuracy}
         iou = [None if np.isnan(v) else float(v) for v in iou_of(total)]
         per_class = dict(zip(self._dataset.classes, iou, strict=True))
-        details["seconds"] = round(time.perf_counter() - self._start, 1)
         return Outcome(scores, counts, {}, self._items, per_class, details, self._examples)

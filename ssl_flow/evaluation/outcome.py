@@ -11,7 +11,7 @@ features that the encoder has not, that are not finite or do not fit their strid
 different classes, and for masks without labels.
 
 A cell is one outcome on the disk: FOLDER/PROTOCOL-KEY.npz (counts, values, examples) and .json (all
-else), which is written last: without it there is no cell. KEY is a hash of all that decides it.
+else), which is written last. KEY is a hash of all that decides it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
@@ -43,11 +42,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         """ValueError for a number that is not more than 0 (or, of a few, less), an unknown word."""
-        hints = get_type_hints(type(self))
-        for key in (f.name for f in fields(self)):
-            value, known = getattr(self, key), get_args(hints[key])
-            if isinstance(value, str) and get_origin(hints[key]) is Literal and value not in known:
-                raise ValueError(f"{key} = {value!r}, expected {' or '.join(known)}")
+        for key, hint in get_type_hints(type(self)).items():
+            value = getattr(self, key)
+            if get_origin(hint) is Literal and value not in get_args(hint):
+                raise ValueError(f"{key} = {value!r}, expected {' or '.join(get_args(hint))}")
             if not isinstance(value, int | float) or isinstance(value, bool):
                 continue
             if not (value > 0 or (value == 0 and key in self.may_be_zero)):
@@ -67,8 +65,7 @@ class Outcome:
     """Name -> value, the headline first, as a fraction or, where the name says so, in pixels."""
     counts: np.ndarray | None = None
     """(N, 3, K) of each test image: pixels of each class that are right, of the truth, of the
-    prediction, for intervals of mIoU; (N, R, 3, K) where mIoU is the mean over R runs. Whole
-    confusion matrices are gigabytes at K = 150."""
+    prediction, for intervals of mIoU; (N, R, 3, K) where mIoU is the mean over R runs."""
     values: dict[str, np.ndarray] = field(default_factory=dict)
     """Score -> (N,) its value for each test image, where the score is their mean: intervals."""
     items: list[str] = field(default_factory=list)
@@ -76,7 +73,7 @@ class Outcome:
     per_class: dict[str, float | None] = field(default_factory=dict)
     """Class -> its score; None: in no truth and no prediction."""
     details: dict[str, Any] = field(default_factory=dict)
-    """What else a reader needs, as JSON: seed, seconds, features a pixel, memory size."""
+    """What else a reader needs, as JSON: seed, features a pixel, memory size."""
     examples: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(
         default_factory=list, repr=False
     )
@@ -85,15 +82,6 @@ class Outcome:
     def as_dict(self) -> dict[str, Any]:
         """Scores, scores of the classes and details, for JSON."""
         return self.scores | {"per_class": self.per_class} | self.details
-
-
-def mean_per_class(outcomes: Sequence[Outcome]) -> dict[str, float | None]:
-    """The score of every class, its mean over those of several seeds that have it."""
-    means: dict[str, float | None] = {}
-    for name in outcomes[0].per_class:
-        found = [v for outcome in outcomes if (v := outcome.per_class[name]) is not None]
-        means[name] = float(np.mean(found)) if found else None
-    return means
 
 
 def cell_path(folder: Path, about: dict[str, Any]) -> Path:
@@ -131,14 +119,10 @@ def load_cell(path: Path) -> Outcome | None:
         del rest["about"]
         with np.load(path.with_suffix(".npz"), allow_pickle=False) as file:
             arrays = dict(file)
-        examples = [
-            (
-                np.asarray(cv2.imdecode(arrays[f"image {i}"], cv2.IMREAD_COLOR))[..., ::-1],
-                arrays[f"truth {i}"],
-                arrays[f"prediction {i}"],
-            )
-            for i in range(sum(name.startswith("image ") for name in arrays))
-        ]
+        examples = []
+        for i in range(sum(name.startswith("image ") for name in arrays)):
+            image = np.asarray(cv2.imdecode(arrays[f"image {i}"], cv2.IMREAD_COLOR))[..., ::-1]
+            examples.append((image, arrays[f"truth {i}"], arrays[f"prediction {i}"]))
         values = {k.removeprefix("value "): v for k, v in arrays.items() if k[:6] == "value "}
         return Outcome(counts=arrays.get("counts"), values=values, examples=examples, **rest)
     except Exception as error:  # whatever a damaged file makes of it

@@ -31,11 +31,7 @@ def palette(classes: int) -> np.ndarray:
 def prediction_strips(
     examples: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], classes: int, height: int = 180
 ) -> np.ndarray:
-    """One row an example (H, W, 3), (H, W), (H, W): image, truth, prediction; ignored is pale.
-
-    Returns:
-        (len * height, W, 3) uint8; sizes are fitted into that of the first image.
-    """
+    """(len * height, W, 3) uint8: an example a row, image, truth, prediction; ignored is pale."""
     colors, tile = palette(classes), tile_of(examples[0][0], height)
     rows = [
         strip([image, colors[truth], colors[np.where(truth == 255, 255, found)]], tile)

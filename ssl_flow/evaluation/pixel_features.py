@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from ssl_flow.data.segmentation import IGNORE, Labelled, SegmentationSet
 from ssl_flow.models.encoder import EMBEDDING_STRIDE, Encoder, device_of
 from ssl_flow.models.head import to_stride
 
-LabelledSet = SegmentationSet | ClassificationSet
+AnySet = SegmentationSet | ClassificationSet
 bar = partial(tqdm, leave=False, disable=None)
 """A progress bar; none where stderr is no terminal."""
 
@@ -59,28 +60,23 @@ def check_features(encoder: Encoder, name: str) -> None:
 
 
 def check_input(
-    encoder: Encoder,
-    features: str,
-    train_set: LabelledSet,
-    test_set: LabelledSet,
-    labelled: bool = False,
+    encoder: Encoder, features: str, train_set: AnySet, test_set: AnySet, labelled: bool = False
 ) -> None:
     """`check_features`; ValueError unless classes agree and, if asked, a training pixel has one."""
     check_features(encoder, features)
     if list(train_set.classes) != list(test_set.classes):
         raise ValueError(f"classes differ: train {train_set.classes}, test {test_set.classes}")
-    masks = (item.mask for item in train_set) if isinstance(train_set, SegmentationSet) else ()
-    if labelled and all((mask == IGNORE).all() for mask in masks):
+    if labelled and all(np.all(item[1] == IGNORE) for item in train_set):
         raise ValueError(f"{train_set.name}: no training pixel has a label")
 
 
 def estimate_batchnorm(encoder: Encoder, images: Iterable[Tensor]) -> int:
     """Replace BatchNorm's running statistics by the mean over batches of (B, 3, H, W) images.
 
-    A batch counts by its images, but what differs between batches is not in their variances: make
-    them large. An untrained network's statistics (mean 0, variance 1) are not those of its
-    activations, which would make a random encoder look worse than its weights are. Returns the
-    number of images seen (0 when there is no BatchNorm).
+    An untrained network's statistics (mean 0, variance 1) are not those of its activations, which
+    would make a random encoder look worse than its weights are. A batch counts by its images, but
+    what differs between batches is not in their variances: make them large. Returns the number of
+    images seen (0 when there is no BatchNorm).
     """
     norms = [m for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if not norms:
@@ -88,8 +84,7 @@ def estimate_batchnorm(encoder: Encoder, images: Iterable[Tensor]) -> int:
     momenta, counts, seen = [m.momentum for m in norms], dict.fromkeys(norms, 0), 0
 
     def weigh(norm: Any, inputs: tuple[Tensor, ...]) -> None:  # noqa: ANN401 (a BatchNorm)
-        """The momentum with which this batch counts by its images; a norm may run twice a pass."""
-        counts[norm] += len(inputs[0])
+        counts[norm] += len(inputs[0])  # a norm may run twice a pass
         norm.momentum = len(inputs[0]) / counts[norm]
 
     run = encoder.features if getattr(encoder, "head", None) is None else encoder.embed
@@ -114,16 +109,14 @@ def estimate_on(encoder: Encoder, images: Sequence[Labelled] | SegmentationSet, 
 
     They are brought to the first one's size, at most 1024 pixels, so that batches are full.
     """
-    indices = spread(len(images), count)
-    full = images[0].image.shape[:2]
+    indices, full = spread(len(images), count), images[0].image.shape[:2]
     size = [round(side * min(1, 1024 / max(full))) for side in full]
+    resize = partial(F.interpolate, size=size, mode="bilinear", antialias=True)
 
     def batches() -> Iterator[Tensor]:
         for part in np.array_split(indices, -(-len(indices) // 8)):  # no lone last one
             found = normalized_batches(encoder, (images[i] for i in part.tolist()), 1)
-            yield torch.cat(
-                [F.interpolate(x, size, mode="bilinear", antialias=True) for _, x in found]
-            )
+            yield torch.cat([resize(x) for _, x in found])
 
     return estimate_batchnorm(encoder, batches())
 
@@ -132,20 +125,24 @@ def normalized_batches(
     encoder: Encoder, dataset: Iterable[Labelled], size: int
 ) -> Iterator[tuple[list[Labelled], Tensor]]:
     """Batches of consecutive images of equal size: the images, and (B, 3, H, W) for the encoder."""
+    for _, alike in groupby(dataset, key=lambda item: item.image.shape):
+        while items := list(islice(alike, size)):
+            pixels = torch.from_numpy(np.stack([item.image for item in items]))
+            images = encoder.normalize(pixels.to(device_of(encoder)))
+            # channels_last is the fast layout for convolutions
+            yield items, images.contiguous(memory_format=torch.channels_last)
 
-    def batch() -> tuple[list[Labelled], Tensor]:
-        pixels = torch.from_numpy(np.stack([item.image for item in items])).to(device_of(encoder))
-        # channels_last is the fast layout for convolutions
-        return items, encoder.normalize(pixels).contiguous(memory_format=torch.channels_last)
 
-    items: list[Labelled] = []
-    for item in dataset:
-        if items and (len(items) == size or item.image.shape != items[0].image.shape):
-            yield batch()
-            items = []
-        items.append(item)
-    if items:
-        yield batch()
+def feature_strides(encoder: Encoder, features: str) -> list[int]:
+    """The strides of the levels that `feature_levels` gives."""
+    return [EMBEDDING_STRIDE] if features == "embedding" else encoder.strides[_stages(features)]
+
+
+def _stages(features: str) -> slice:
+    if features in ("hypercolumn", "last"):
+        return slice(None if features == "hypercolumn" else -1, None)
+    stage = int(features.removeprefix("stage"))
+    return slice(stage - 1, stage)
 
 
 def feature_levels(
@@ -153,9 +150,8 @@ def feature_levels(
 ) -> tuple[list[Tensor], list[int]]:
     """Features of (B, 3, H, W) images: maps (B, C_i, H_i, W_i) in float32, and their strides.
 
-    Raises:
-        ValueError: a map that does not fit its stride; unless `finite` is off, features that are
-            not finite. `names` says of which image.
+    ValueError, by `names`, for a map that does not fit its stride and, unless `finite` is off,
+    for features that are not finite.
     """
     embedding, strides = features == "embedding", feature_strides(encoder, features)
     found = [encoder.embed(images)] if embedding else encoder.features(images)[_stages(features)]
@@ -188,48 +184,43 @@ def image_levels(
             yield item, [level[i : i + 1] for level in levels], strides
 
 
-def feature_strides(encoder: Encoder, features: str) -> list[int]:
-    """The strides of the levels that `feature_levels` gives."""
-    return [EMBEDDING_STRIDE] if features == "embedding" else encoder.strides[_stages(features)]
+def joined(
+    levels: list[Tensor], strides: list[int], stride: int, size: Sequence[int], unit: bool = False
+) -> Tensor:
+    """Maps (1, C_i, h_i, w_i) of an image of `size` (H, W) concatenated on the grid of a stride.
 
-
-def _stages(features: str) -> slice:
-    if features in ("hypercolumn", "last"):
-        return slice(None if features == "hypercolumn" else -1, None)
-    stage = int(features.removeprefix("stage"))
-    return slice(stage - 1, stage)
+    With `unit` each level has unit length at every cell.
+    """
+    rows, columns = (-(-side // stride) for side in size)
+    same = (to_stride(level, s, stride) for level, s in zip(levels, strides, strict=True))
+    cut = [level[..., :rows, :columns] for level in same]
+    return torch.cat([F.normalize(level, dim=1) for level in cut] if unit else cut, 1)
 
 
 @torch.no_grad()
 def image_features(
     encoder: Encoder,
     dataset: SegmentationSet,
-    features: str,
-    size: int | None = None,
-    batch: int = 8,
-    what: str = "features",
+    protocol: Any,  # noqa: ANN401 (DenseKnn or Clustering)
+    what: str,
 ) -> Iterator[tuple[Labelled, Tensor, int]]:
-    """Every item of a set with its features, image by image; ValueError as of `feature_levels`.
+    """Every item with its `protocol.features` on one grid; ValueError as of `feature_levels`.
 
-    Images are brought to a square of side `size`, if given, and encoded `batch` at a time (no
-    influence on the result). Of a hypercolumn the coarser levels are brought to the finest one
-    bilinearly and concatenated, one image at a time. `what` is the progress bar's text.
+    Images are brought to a square of side `protocol.image_size`, if that is given; of a hypercolumn
+    the coarser levels to the finest one, bilinearly. `what` is the progress bar's text.
 
     Yields:
         The item (its image as it was encoded, its mask as on the disk); its map
         (C, ceil(H/s), ceil(W/s)) in float32; the stride s.
     """
+    size = (protocol.image_size, protocol.image_size)
     resized = (
-        item if size is None else item._replace(image=resize_image(item.image, (size, size)))
+        item._replace(image=resize_image(item.image, size)) if protocol.image_size else item
         for item in bar(dataset, what)
     )
-    for item, levels, strides in image_levels(encoder, resized, features, batch):
-        rows, columns = levels[0].shape[-2:]
-        same = [
-            to_stride(level, stride, strides[0])[0, :, :rows, :columns]
-            for level, stride in zip(levels, strides, strict=True)
-        ]
-        yield item, torch.cat(same), strides[0]
+    found = image_levels(encoder, resized, protocol.features, protocol.batch_images)
+    for item, levels, strides in found:
+        yield item, joined(levels, strides, strides[0], item.image.shape[:2])[0], strides[0]
 
 
 def sample_levels(
@@ -244,10 +235,8 @@ def sample_levels(
     for level, stride in zip(levels, strides, strict=True):
         height, width = level.shape[1:]
         cells = level.permute(1, 2, 0).reshape(height * width, -1)  # a view if channels are last
-        (y, v), (x, u) = (
-            neighbours(pixels.to(level.device), stride, count)
-            for pixels, count in ((rows, height), (columns, width))
-        )
+        y, v = neighbours(rows.to(level.device), stride, height)
+        x, u = neighbours(columns.to(level.device), stride, width)
         corners = ((i, j) for i in (0, 1) for j in (0, 1))
         read = [cells[y[i] * width + x[j]].float() * (v[i] * u[j])[:, None] for i, j in corners]
         sampled.append(torch.stack(read).sum(0))
@@ -273,9 +262,7 @@ def project_levels(
     parts = weight.split([level.shape[1] for level in levels], dim=1)
     for level, stride, part in zip(levels, strides, parts, strict=True):
         projected = F.conv2d(level.float(), part[:, :, None, None])
-        full = [level.shape[2] * stride, level.shape[3] * stride]
-        upsampled = F.interpolate(projected, full, mode="bilinear", align_corners=False)
-        logits += upsampled[..., : size[0], : size[1]]
+        logits += to_stride(projected, stride, 1)[..., : size[0], : size[1]]
     return logits
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import shlex
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ import tyro
 from ssl_flow.data.classification import open_classification
 from ssl_flow.data.davis import open_videos
 from ssl_flow.data.flow_pairs import open_flow_pairs
+from ssl_flow.data.labelled import ItemSet
 from ssl_flow.data.open_map import open_map_spec
 from ssl_flow.data.segmentation import SegmentationSet, open_segmentation
 from ssl_flow.evaluation.classification import Classification, run_classification
@@ -29,7 +30,7 @@ from ssl_flow.evaluation.label_propagation import LabelPropagation, run_label_pr
 from ssl_flow.evaluation.linear_probe import LinearProbe, run_linear_probe
 from ssl_flow.evaluation.linear_probe_bn import BnProbe
 from ssl_flow.evaluation.linear_probe_plain import PlainProbe
-from ssl_flow.evaluation.loc2vec import Loc2Vec, run_loc2vec
+from ssl_flow.evaluation.loc2vec import Loc2Vec, files_of, run_loc2vec
 from ssl_flow.evaluation.outcome import Outcome, Settings
 from ssl_flow.evaluation.segmentation_head import run_segmentation_head
 from ssl_flow.models import Encoder
@@ -61,13 +62,21 @@ PROTOCOLS = {
         Entry(Loc2Vec, run_loc2vec, "maps", seeded=False, extra=True),
     )
 }
-# What a spec must begin with; segmentation takes all that no other kind has for itself.
+# What a spec must begin with; segmentation takes all but those that are no images with masks.
 _PREFIXES = {
     "videos": ("davis", "davis2016"),
     "images": ("imagefolder",),
     "pairs": ("middlebury", "synthetic"),
     "maps": ("map",),
 }
+
+
+def fits(kind: str, spec: str) -> bool:
+    """Whether protocols of a kind take this data."""
+    prefix = spec.partition(":")[0]
+    if kind == "segmentation":
+        return prefix not in ("davis2016", "imagefolder", "middlebury", "map")
+    return prefix in _PREFIXES[kind]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,61 +98,51 @@ class Data:
         return item.rpartition("/")[0] if self.unit in ("sequences", "blocks") else item
 
 
-def fits(kind: str, spec: str) -> bool:
-    """Whether protocols of a kind take this data."""
-    prefix = spec.partition(":")[0]
-    if kind == "segmentation":
-        return prefix not in ("davis2016", "imagefolder", "middlebury", "map")
-    return prefix in _PREFIXES[kind]
-
-
 def open_data(kind: str, spec: str) -> Data:
     """Open and check a labelled set; ValueError, FileNotFoundError as its adapter says."""
     sets: tuple[Any, ...]
+    about: dict[str, Any]
+    unit = {"segmentation": "images", "videos": "sequences", "maps": "blocks"}.get(kind, kind)
     if kind == "segmentation":
         sets = seen, shown = open_segmentation(spec, "train"), open_segmentation(spec, "test")
-        unit = "sequences" if spec.startswith("davis:") else "images"
+        unit = "sequences" if spec.startswith("davis:") else unit
         about = {"classes": shown.classes, "train": seen.protocol, "test": shown.protocol}
-    elif kind == "videos":
-        videos, unit = open_videos(spec), "sequences"
-        frames = [(video, i) for video in videos.videos for i in range(len(video))]
-        names = [video.names[i] for video, i in frames]
-        files = [path for video in videos.videos for path in (*video.files, *video.mask_files)]
-        load = lambda k: frames[k][0][frames[k][1]][:2]  # noqa: E731
-        seen = shown = SegmentationSet(videos.name, [], names, load, files=files)
-        sets, about = (videos.videos,), {"test": videos.protocol}
     elif kind == "images":
         train, test = sets = open_classification(spec, "train"), open_classification(spec, "test")
-        seen, shown = (
-            SegmentationSet(s.name, [], s.names, partial(_unlabelled, s), files=s.files)
-            for s in sets
-        )
-        unit, about = "images", {"train": train.protocol, "test": test.protocol}
-    elif kind == "maps":
-        tile_map, unit = open_map_spec(spec), "blocks"
-        files = [p for p in sorted(tile_map.path.rglob("*")) if p.is_file()] or [tile_map.path]
-        seen = shown = SegmentationSet(
-            tile_map.path.name, tile_map.channels, [], lambda _: (), files=files
-        )
+        seen, shown = _unlabelled(train), _unlabelled(test)
+        about = {"train": train.protocol, "test": test.protocol}
+    elif kind == "pairs":
+        sets = (pairs,) = (open_flow_pairs(spec),)
+        seen = shown = _unlabelled(pairs)
+        about = {"test": pairs.protocol}
+    elif kind == "videos":
+        videos = open_videos(spec)
+        sets, about = (videos.videos,), {"test": videos.protocol}
+        frames = [(video, i) for video in videos.videos for i in range(len(video))]
+        files = [path for video in videos.videos for path in (*video.files, *video.mask_files)]
+        names = [video.names[i] for video, i in frames]
+        load = lambda k: frames[k][0][frames[k][1]][:2]  # noqa: E731
+        seen = shown = SegmentationSet(videos.name, [], names, load, files=files)
+    else:
+        tile_map = open_map_spec(spec)
         rule = "blocks of 8 x 8 tiles, 30 %, less a strip of 2 tiles; train: the other blocks"
         sets, about = (tile_map,), {"channels": tile_map.channels, "test": {"rule": rule}}
-    else:
-        pairs, unit = open_flow_pairs(spec), "pairs"
-        load = partial(_unlabelled, pairs)
-        seen = shown = SegmentationSet(
-            pairs.name, [], pairs.names, load, pairs.protocol, pairs.files
-        )
-        sets, about = (pairs,), {"test": pairs.protocol}
+        name, files = tile_map.path.name, files_of(tile_map)
+        seen = shown = SegmentationSet(name, tile_map.channels, [], lambda _: (), files=files)
     # Reads some images, which also says what is wrong with them before any work.
     parts = [kind, shown.classes, *(data_digest(part, masks=True) for part in (seen, shown))]
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()
     return Data(spec, shown.name, kind, sets, shown, seen, about, unit, digest)
 
 
-def _unlabelled(dataset: Any, index: int) -> tuple[np.ndarray, np.ndarray]:  # noqa: ANN401
-    """The (first) image of an item, and zeros for a mask."""
-    image: np.ndarray = dataset[index][0]
-    return image, np.zeros(image.shape[:2], np.uint8)
+def _unlabelled(found: ItemSet) -> SegmentationSet:
+    """The (first) images of a set's items, with zeros for a mask."""
+
+    def load(index: int) -> tuple[np.ndarray, np.ndarray]:
+        image = found[index][0]
+        return image, np.zeros(image.shape[:2], np.uint8)
+
+    return SegmentationSet(found.name, [], found.names, load, found.protocol, found.files)
 
 
 def run_protocol(
@@ -153,15 +152,23 @@ def run_protocol(
     entry = PROTOCOLS[settings.name]
     options: dict[str, Any] = {"seed": seed} if entry.seeded else {}
     options |= {"cache": cache} if entry.cached else {}
-    return entry.run(encoder, *data.sets, protocol=settings, **options)
+    start = time.perf_counter()
+    outcome = entry.run(encoder, *data.sets, protocol=settings, **options)
+    numbers = [*outcome.scores.values(), *(value for x in outcome.values.values() for value in x)]
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"a score is not finite: {outcome.scores}")
+    outcome.details["seconds"] = round(time.perf_counter() - start, 1)
+    return outcome
 
 
 def check_installed(protocols: Iterable[str]) -> None:
     """ImportError when one of the protocols needs an extra that is not installed."""
     needing = [name for name in protocols if PROTOCOLS[name].extra]
     if needing and not all(find_spec(name) for name in ("sklearn", "scipy")):
-        needs = f"{', '.join(needing)}: scikit-learn is missing, pip install 'ssl-flow[eval]'"
-        raise ImportError(f"{needs} (or choose other protocols)")
+        raise ImportError(
+            f"{', '.join(needing)}: scikit-learn is missing, pip install 'ssl-flow[eval]' (or "
+            "choose other protocols)"
+        )
 
 
 def parse_settings(protocols: Sequence[str], changes: Sequence[str]) -> dict[str, Settings]:
@@ -169,9 +176,9 @@ def parse_settings(protocols: Sequence[str], changes: Sequence[str]) -> dict[str
 
     ValueError for an unknown protocol or setting; SystemExit by the parser for a wrong value.
     """
-    flags: dict[str, list[str]] = {name: [] for name in protocols}
     for unknown in [name for name in protocols if name not in PROTOCOLS]:
         raise ValueError(f"unknown protocol {unknown!r}; known: {', '.join(PROTOCOLS)}")
+    flags: dict[str, list[str]] = {name: [] for name in protocols}
     for change in changes:
         left, _, value = change.partition("=")
         name, _, key = left.partition(".")

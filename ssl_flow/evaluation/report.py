@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from ssl_flow.evaluation.curves import (
     read_run,
 )
 from ssl_flow.evaluation.pictures import data_uri
+from ssl_flow.evaluation.refusal import told
 from ssl_flow.flow.shard import write_atomically
 
 _PAGE = """<!doctype html>
@@ -90,10 +90,7 @@ def write_report(run_dir: str | Path) -> Path:
 
     Reads results.json (`{"linear_probe": {NAME: {"miou": ..., "per_class": {...}}}}`),
     metrics.jsonl, config.yaml and pictures/*.png; parts that are missing are left out.
-
-    Raises:
-        FileNotFoundError: the run folder does not exist.
-        ValueError: results.json or config.yaml cannot be read (names the file).
+    FileNotFoundError without the run folder; ValueError names a file that cannot be read.
     """
     log = read_run(Path(run_dir))
     run, sheet, results = log.folder, draw_curves([log]), log.folder / "results.json"
@@ -155,7 +152,8 @@ def show_run_command(argv: Sequence[str]) -> int:
     """Run `ssl-flow show run`; returns the exit code: 0, or 2 if a run cannot be shown."""
     command = tyro.cli(ShowRunCommand, args=list(argv), prog="ssl-flow show run")
     out, runs = command.out, command.runs
-    try:
+
+    def work() -> str:
         if not runs:
             raise ValueError("give one or more run folders; `ssl-flow train` prints them")
         if out.suffix != ".png" or not out.absolute().parent.is_dir():
@@ -167,11 +165,8 @@ def show_run_command(argv: Sequence[str]) -> int:
                 found = "holds no numbers (yet)" if metrics.exists() else "is missing"
                 raise ValueError(f"{metrics} {found}; `ssl-flow train` prints the folder of a run")
         if len(logs) == 1:
-            print(f"wrote {runs[0] / 'pictures' / 'curves.png'} and {write_report(runs[0])}")
-        else:
-            write_atomically(out, draw_curves(logs) or b"")
-            print(f"wrote {out}")
-    except (ValueError, OSError) as error:
-        print(f"ssl-flow show run: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+            return f"wrote {runs[0] / 'pictures' / 'curves.png'} and {write_report(runs[0])}"
+        write_atomically(out, draw_curves(logs) or b"")
+        return f"wrote {out}"
+
+    return told("ssl-flow show run", work)

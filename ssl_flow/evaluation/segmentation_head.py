@@ -1,8 +1,5 @@
 """Train a segmentation head on a frozen encoder's maps by a published recipe, and score it.
 
-    outcome = run_segmentation_head(encoder, train_set, test_set, BnProbe(), seed=0)
-    outcome = run_segmentation_head(encoder, train_set, test_set, PlainProbe(), seed=0)
-
 Unlike `linear-probe`, whose features are extracted once, these recipes augment the images, so the
 encoder sees every image of every step: 640,000 with `BnProbe()`, 25 times the set with
 `PlainProbe()`. The head works at each level's own resolution; its scores are read bilinearly at the
@@ -12,8 +9,8 @@ as on the upsampled, concatenated features, and little memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -49,15 +46,13 @@ def run_segmentation_head(
         torch.manual_seed(seed)  # the head's weights and dropout draw from the global generator
         head, losses = _train(encoder, train_set, protocol, seed)
         head.eval()
+
+        def classify(image: np.ndarray, size: tuple[int, int]) -> Tensor:
+            levels, strides = _encode(encoder, [image], protocol, [item.name])
+            return _read(head(levels), strides, protocol.input_size, size)
+
         with torch.inference_mode():
             for item in bar(test_set, "test"):
-
-                def classify(
-                    image: np.ndarray, size: tuple[int, int], name: str = item.name
-                ) -> Tensor:
-                    levels, strides = _encode(encoder, [image], protocol, [name])
-                    return _read(head(levels), strides, protocol.input_size, size)
-
                 prediction, mask = protocol.predict(classify, item)
                 scores.add(item, prediction.byte().cpu().numpy(), mask)
     last = float(np.mean(losses[-100:]))
@@ -84,10 +79,10 @@ class LevelHead(nn.Module):
 
 def _read(scores: list[Tensor], strides: list[int], side: int, size: tuple[int, int]) -> Tensor:
     """Sum of the levels' scores of a (side, side) image at (H', W') pixels: (B, K, H', W')."""
-    read = [
+    total, *others = (
         resize_map(s, stride, (side, side), size) for s, stride in zip(scores, strides, strict=True)
-    ]
-    return torch.stack(read).sum(0) if len(read) > 1 else read[0]
+    )
+    return sum(others, total)
 
 
 @torch.enable_grad()
@@ -117,6 +112,8 @@ def _train(
             part = part / max(1, counted)
             part.backward()
             loss += part.detach()
+        if not loss.isfinite():
+            raise ValueError(f"the training loss is {loss.item()}: lower lr = {protocol.lr}")
         for group in optimizer.param_groups:
             group["lr"] = protocol.learning_rate(step, len(dataset))
         optimizer.zero_grad()
@@ -129,17 +126,16 @@ def _train(
 
 @torch.no_grad()
 def _encode(
-    encoder: Encoder, images: list[np.ndarray], protocol: Probe, names: list[str]
+    encoder: Encoder, images: Sequence[np.ndarray], protocol: Probe, names: Sequence[str]
 ) -> tuple[list[Tensor], list[int]]:
     """Levels (B, C_i, h_i, w_i) of images, padded with 0 to input_size once normalised; strides."""
-    device = device_of(encoder)
     parts, strides, size = [], [0], protocol.forward_images
     for start in range(0, len(images), size):
         padded = []
         for image in images[start : start + size]:
-            pixels = torch.from_numpy(image.copy()).to(device)[None]
-            missing = [protocol.input_size - side for side in image.shape[1::-1]]
-            padded.append(F.pad(encoder.normalize(pixels), (0, missing[0], 0, missing[1])))
+            pixels = torch.from_numpy(image.copy()).to(device_of(encoder))[None]
+            below, right = (protocol.input_size - side for side in image.shape[:2])
+            padded.append(F.pad(encoder.normalize(pixels), (0, right, 0, below)))
         batch = torch.cat(padded).contiguous(memory_format=torch.channels_last)
         some = names[start : start + size]
         levels, strides = feature_levels(encoder, batch, protocol.features, some)
@@ -149,7 +145,7 @@ def _encode(
 
 def _examples(
     dataset: SegmentationSet, protocol: Probe, rng: np.random.Generator
-) -> Iterator[tuple[list[np.ndarray], list[np.ndarray], list[str]]]:
+) -> Iterator[tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...], tuple[str, ...]]]:
     """Without end: augmented images, masks, names of a batch; the next one is read meanwhile.
 
     The images are in a random order; an epoch's incomplete last batch is left out.
@@ -160,19 +156,14 @@ def _examples(
         own = np.random.default_rng(seed)  # the threads' order has no influence
         return *protocol.augment(item.image, item.mask, own), item.name
 
-    def batches() -> Iterator[list[Future]]:
-        size = min(protocol.batch_images, len(dataset))
+    size, ready = min(protocol.batch_images, len(dataset)), None
+    with ThreadPoolExecutor() as pool:
         while True:
             order = rng.permutation(len(dataset))
             for start in range(0, len(dataset) - size + 1, size):
-                batch = order[start : start + size].tolist()
                 seeds = rng.integers(0, 2**63, size).tolist()
-                yield [pool.submit(read, *one) for one in zip(batch, seeds, strict=True)]
-
-    with ThreadPoolExecutor() as pool:
-        coming = batches()
-        ready = next(coming)
-        while True:
-            ready, futures = next(coming), ready
-            images, masks, names = zip(*(future.result() for future in futures), strict=True)
-            yield list(images), list(masks), list(names)
+                coming = pool.map(read, order[start : start + size].tolist(), seeds)
+                if ready is not None:
+                    images, masks, names = zip(*ready, strict=True)
+                    yield images, masks, names
+                ready = coming

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,8 +79,8 @@ class Cell:
 def plan(options: Options, settings: dict[str, Settings]) -> list[Cell]:
     """All cells, with the outcomes that are there already; makes the output folder.
 
-    Loads every encoder once and opens all data, and raises ValueError, OSError, ImportError or
-    WeightsError for anything that could be wrong with the input.
+    Loads every encoder once and opens all data; raises ValueError, OSError, ImportError or
+    WeightsError for what could be wrong with the input.
     """
     if not (options.encoders and options.data and settings):
         raise ValueError("give at least one encoder, one data set and one protocol")
@@ -93,8 +94,7 @@ def plan(options: Options, settings: dict[str, Settings]) -> list[Cell]:
     if len(dict(rows)) < len(rows):
         raise ValueError(f"two encoders of the same name: {', '.join(options.encoders)}")
     runs = [(label, *run) for label, part in rows for run in part]
-    unique = dict.fromkeys(run[1:] for run in runs)
-    digests = {run: _check_encoder(*run, settings, sets) for run in unique}
+    digests = {run: _check_encoder(*run, settings, sets) for run in {r[1:]: 0 for r in runs}}
     folder = options.out / "cells"
     folder.mkdir(parents=True, exist_ok=True)
     cells: dict[tuple[str, Path], Cell] = {}
@@ -168,19 +168,18 @@ def _check_encoder(
 def run_cells(cells: Sequence[Cell], options: Options) -> None:
     """Compute the cells that have no outcome, write each; a failing one gets its `error`."""
     missing = [cell for cell in cells if cell.outcome is None]
+    say = partial(print, file=sys.stderr, flush=True)
     if len(missing) < len(cells):
-        _say(f"{len(cells) - len(missing)} of {len(cells)} cells are there already")
+        say(f"{len(cells) - len(missing)} of {len(cells)} cells are there already")
     encoder: Any = None
-    ready = None  # the encoder at hand, and for what
-    begun = time.perf_counter()
+    ready, begun = None, time.perf_counter()
     for number, cell in enumerate(missing, start=1):
         spec = "" if cell.spec == cell.label else f"{cell.spec}, "
         name = f"{cell.data.name} {cell.settings.name} {cell.label} ({spec}seed {cell.seed})"
         start = time.perf_counter()
         try:
-            if (cell.spec, cell.seed, cell.data) != ready or encoder is None:
-                encoder = prepared(cell, options)
-                ready = (cell.spec, cell.seed, cell.data)
+            if (cell.spec, cell.seed, cell.data) != ready:
+                encoder, ready = prepared(cell, options), (cell.spec, cell.seed, cell.data)
             outcome = run_protocol(cell.settings, encoder, cell.data, cell.seed, options.cache)
             save_cell(cell.path, outcome, cell.about)
             cell.outcome = load_cell(cell.path)  # smaller, and the same as in a later call
@@ -192,7 +191,7 @@ def run_cells(cells: Sequence[Cell], options: Options) -> None:
         now = time.perf_counter()
         left = (now - begun) / number * (len(missing) - number) / 60
         said = f"{said} in {now - start:.0f} s; about {left:.1f} min left"
-        _say(f"[{number}/{len(missing)}] {name}: {said}")
+        say(f"[{number}/{len(missing)}] {name}: {said}")
 
 
 def prepared(cell: Cell, options: Options) -> Any:  # noqa: ANN401
@@ -203,7 +202,3 @@ def prepared(cell: Cell, options: Options) -> Any:  # noqa: ANN401
     if cell.about["batchnorm_images"]:
         estimate_on(encoder, cell.data.seen, cell.about["batchnorm_images"])
     return encoder
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -16,9 +16,9 @@ import tyro
 
 from ssl_flow.evaluation.outcome import Settings
 from ssl_flow.evaluation.protocols import PROTOCOLS, fits, parse_settings
-from ssl_flow.evaluation.suite import Options, plan, run_cells
+from ssl_flow.evaluation.refusal import told
+from ssl_flow.evaluation.suite import Cell, Options, plan, run_cells
 from ssl_flow.evaluation.suite_report import write_results
-from ssl_flow.models import WeightsError
 
 _DEFAULT = ("linear-probe", "dense-knn", "clustering", "label-propagation", "classification",
             "correspondence", "loc2vec")  # fmt: skip
@@ -59,23 +59,20 @@ def eval_command(argv: list[str]) -> int:
     else:
         asked = name in ("-h", "--help")
         lines = [] if asked else [f"ssl-flow eval: no protocol {name!r}"]
-        lines += [
-            "usage: ssl-flow eval NAME [--help] ...",
-            "",
-            "  suite: several protocols at once",
-        ]
+        lines += ["usage: ssl-flow eval NAME [--help] ...", "", "  suite: several at once"]
         lines += [f"  {name}: takes {entry.kind}" for name, entry in PROTOCOLS.items()]
         print("\n".join(lines), file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
-    try:
-        if settings is None:
-            names = command.protocols or [
-                p for p in _DEFAULT if any(fits(PROTOCOLS[p].kind, spec) for spec in command.data)
-            ]
-            settings = parse_settings(names, command.set)
-        cells = plan(command, settings)
-    except (ValueError, OSError, ImportError, WeightsError) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+    cells: list[Cell] = []
+
+    def prepare() -> None:
+        wanted = settings
+        if wanted is None:
+            fitting = [p for p in _DEFAULT if any(fits(PROTOCOLS[p].kind, d) for d in command.data)]
+            wanted = parse_settings(command.protocols or fitting, command.set)
+        cells.extend(plan(command, wanted))
+
+    if told(prog, prepare):
         return 2
     run_cells(cells, command)
     results, text = write_results(cells, command, shlex.join(["ssl-flow", "eval", *argv]))

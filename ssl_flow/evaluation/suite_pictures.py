@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_flow.data.segmentation import IGNORE, Labelled, SegmentationSet
@@ -18,12 +18,11 @@ from ssl_flow.evaluation.loc2vec_pictures import draw_pictures
 from ssl_flow.evaluation.metrics import miou_of
 from ssl_flow.evaluation.outcome import Outcome
 from ssl_flow.evaluation.pictures import Tile, data_uri, palette, pca_rgb, strip, tile_of
-from ssl_flow.evaluation.pixel_features import image_levels
+from ssl_flow.evaluation.pixel_features import image_levels, joined
 from ssl_flow.evaluation.protocols import Data
 from ssl_flow.evaluation.suite import Cell, Options, prepared
 from ssl_flow.evaluation.suite_tables import pretty, short, smaller_is_better
 from ssl_flow.models.encoder import Encoder
-from ssl_flow.models.head import to_stride
 
 _SIDE = 320  # shorter side of the images
 _STRIDE = 8  # of the maps, or the encoder's finest stride where that is coarser
@@ -146,11 +145,7 @@ def _first_cells(data: Data, cells: Sequence[Cell]) -> dict[str, Cell]:
 def pick_images(
     dataset: SegmentationSet, unit_of: Callable[[str], str], count: int = 4
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images spread over a set (over its sequences), shrunk and cut to one size.
-
-    Returns:
-        (B, H, W, 3) uint8, (B, H, W) uint8.
-    """
+    """Images (B, H, W, 3) and masks (B, H, W) spread over a set, shrunk and cut to one size."""
     groups: dict[str, list[int]] = {}
     for index, name in enumerate(dataset.names):
         groups.setdefault(unit_of(name), []).append(index)
@@ -159,36 +154,36 @@ def pick_images(
         middles = list(range(len(dataset)))
     # The middles of equal parts: neither the first nor the last.
     chosen = [middles[int((i + 0.5) * len(middles) / count)] for i in range(count)]
-    images, masks = [], []
-    for item in (dataset[index] for index in dict.fromkeys(chosen)):
-        height, width = item.mask.shape
-        scale = _SIDE / min(height, width)
-        size = (round(width * scale), round(height * scale))
-        images.append(cv2.resize(item.image, size, interpolation=cv2.INTER_AREA))
-        masks.append(cv2.resize(item.mask, size, interpolation=cv2.INTER_NEAREST))
+    pairs = []
+    for image, mask, _ in (dataset[index] for index in dict.fromkeys(chosen)):
+        scale = _SIDE / min(mask.shape)
+        size = (round(mask.shape[1] * scale), round(mask.shape[0] * scale))
+        shrunk = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        pairs.append((shrunk, cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST)))
     # Whole cells of the usual strides, so that maps cover their image exactly.
-    rows, columns = (min(mask.shape[axis] for mask in masks) // 16 * 16 for axis in (0, 1))
+    rows, columns = (min(mask.shape[axis] for _, mask in pairs) // 16 * 16 for axis in (0, 1))
 
     def cut(array: np.ndarray) -> np.ndarray:
         top, left = (array.shape[0] - rows) // 2, (array.shape[1] - columns) // 2
         return array[top : top + rows, left : left + columns]
 
-    return np.stack([cut(x) for x in images]), np.stack([cut(x) for x in masks])
+    images, masks = ([cut(array) for array in part] for part in zip(*pairs, strict=True))
+    return np.stack(images), np.stack(masks)
 
 
 def mark_pixels(masks: np.ndarray, each: int = 2) -> list[tuple[int, int, int]]:
     """Pixels well inside large regions of different classes: (image, row, column) of each."""
-    used: dict[int, int] = {}
+    used: Counter[int] = Counter()
     marks = []
     for index, mask in enumerate(masks):
         classes, areas = np.unique(mask[mask != IGNORE], return_counts=True)
-        large = [(used.get(c, 0), -a, c) for c, a in zip(classes.tolist(), areas, strict=True)
+        large = [(used[c], -a, c) for c, a in zip(classes.tolist(), areas, strict=True)
                  if a >= mask.size / 100]  # fmt: skip
         for _, _, chosen in sorted(large)[:each]:
             region = np.pad((mask == chosen).astype(np.uint8), 1)
             inside = cv2.distanceTransform(region, cv2.DIST_L2, 5)[1:-1, 1:-1]
             row, column = np.unravel_index(int(inside.argmax()), mask.shape)
-            used[chosen] = used.get(chosen, 0) + 1
+            used[chosen] += 1
             marks.append((index, int(row), int(column)))
     return marks
 
@@ -198,26 +193,20 @@ def joint_maps(encoder: Encoder, images: np.ndarray) -> tuple[Tensor, int]:
     """All levels of (B, H, W, 3) images on one grid: (B, sum C, h, w), and its stride.
 
     A level has unit length at every cell before it is joined, so that each counts alike.
-
-    Raises:
-        ValueError: features that are not finite.
+    ValueError for features that are not finite.
     """
     stride = max(_STRIDE, min(encoder.strides))
-    rows, columns = (-(-side // stride) for side in images.shape[1:3])
     items = [Labelled(image, image[..., 0], f"picture {i}") for i, image in enumerate(images)]
     parts = []
     for _, levels, strides in image_levels(encoder, items, "hypercolumn", 1):
-        same = [
-            F.normalize(to_stride(level, s, stride)[..., :rows, :columns], dim=1)
-            for level, s in zip(levels, strides, strict=True)
-        ]
-        parts.append((torch.cat(same, 1) / len(same) ** 0.5).cpu())
+        found = joined(levels, strides, stride, images.shape[1:3], unit=True)
+        parts.append((found / len(levels) ** 0.5).cpu())
     return torch.cat(parts), stride
 
 
 def pca_tiles(maps: Tensor, tile: Tile) -> list[np.ndarray]:
     """Three principal components over all images as colours, one (H, W, 3) uint8 an image."""
-    return [_enlarge(picture, tile) for picture in pca_rgb(maps)]
+    return [cv2.resize(picture, tile[::-1]) for picture in pca_rgb(maps)]
 
 
 def similarity_tiles(
@@ -232,11 +221,5 @@ def similarity_tiles(
     similarity = torch.einsum("bchw,c->bhw", maps, chosen).numpy()
     low, high = similarity.min(), similarity.max()
     scaled = ((similarity - low) / max(high - low, 1e-9) * 255).astype(np.uint8)
-    return [
-        cv2.applyColorMap(_enlarge(picture, tile), cv2.COLORMAP_VIRIDIS)[..., ::-1]
-        for picture in scaled
-    ]
-
-
-def _enlarge(picture: np.ndarray, tile: Tile) -> np.ndarray:
-    return cv2.resize(picture, tile[::-1], interpolation=cv2.INTER_LINEAR)
+    large = [cv2.resize(picture, tile[::-1]) for picture in scaled]
+    return [cv2.applyColorMap(picture, cv2.COLORMAP_VIRIDIS)[..., ::-1] for picture in large]

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 import ssl_flow
 from ssl_flow.evaluation import suite_tables as text
+from ssl_flow.evaluation.curves import COLORS
 from ssl_flow.evaluation.outcome import Outcome
 from ssl_flow.evaluation.pictures import data_uri, palette
 from ssl_flow.evaluation.protocols import Data
@@ -30,9 +31,6 @@ from ssl_flow.evaluation.suite_pictures import (
 )
 from ssl_flow.flow.shard import write_atomically
 from ssl_flow.models import pick_device
-
-# Okabe & Ito, told apart with any colour vision.
-_COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888"]
 
 
 def write_results(
@@ -75,13 +73,13 @@ def _page(cells: Sequence[Cell], options: Options, results: dict[str, Any]) -> s
     for table, ((data, name), firsts) in zip(tables, groups.items(), strict=True):
         outcomes = {label: outcome for label, outcome in firsts.items() if outcome}
         headline, rows = table["headline"], table["rows"]
-        line = [table["data"], name, text.pretty(headline)]
+        found = {}
         for row in rows:
             score = row["scores"].get(headline)
             shown = text.number(score | {"std": None}) if score else "-"
-            line.append(bold(shown) if row["best"] else shown)
-        found = {row["encoder"]: cell for row, cell in zip(rows, line[3:], strict=True)}
-        summary.append([*line[:3], *(found.get(label, "-") for label in labels)])
+            found[row["encoder"]] = bold(shown) if row["best"] else shown
+        line = [table["data"], name, text.pretty(headline)]
+        summary.append([*line, *(found.get(label, "-") for label in labels)])
         classes = list(next(iter(outcomes.values())).per_class) if outcomes else []
         legend = zip(classes, palette(len(classes)).tolist(), strict=False)
         sections.append({
@@ -92,7 +90,7 @@ def _page(cells: Sequence[Cell], options: Options, results: dict[str, Any]) -> s
             "split": text.split_text(table),
             "bars": _bars(table),
             "per_class": (
-                ["class", *(row["encoder"] for row in rows)],
+                ["class", *found],
                 [[k, *(text.short(row["per_class"].get(k)) for row in rows)] for k in classes],
             ),
             "strips": predictions(data, outcomes),
@@ -129,7 +127,7 @@ def _bars(table: dict[str, Any]) -> str:
     figure = Figure((7.6, 0.7 + 0.27 * len(rows)), dpi=120, layout="constrained")
     axes = figure.subplots()
     for place, (_, score) in enumerate(rows):
-        axes.barh(place, score["value"], color=_COLORS[place % len(_COLORS)], alpha=0.75)
+        axes.barh(place, score["value"], color=COLORS[place % len(COLORS)], alpha=0.75)
         if score["low"] is not None:
             axes.plot([score["low"], score["high"]], [place, place], "k|-", linewidth=1.6)
         if len(score["seeds"]) > 1:

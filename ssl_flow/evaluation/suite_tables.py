@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from ssl_flow.evaluation.intervals import Interval, better, interval_of_outcomes
-from ssl_flow.evaluation.outcome import Outcome, mean_per_class
 from ssl_flow.evaluation.protocols import Data
 from ssl_flow.evaluation.suite import Cell
 
@@ -33,7 +32,9 @@ def tables(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 
 def _table(data: Data, cells: list[Cell]) -> dict[str, Any]:
-    rows, headlines, units, headline = [], {}, 0, ""
+    rows: list[dict[str, Any]] = []
+    headlines: dict[str, Interval] = {}
+    units, headline = 0, ""
     for label in dict.fromkeys(cell.label for cell in cells):
         mine = [cell for cell in cells if cell.label == label]
         outcomes = [cell.outcome for cell in mine if cell.outcome is not None]
@@ -44,21 +45,25 @@ def _table(data: Data, cells: list[Cell]) -> dict[str, Any]:
                  "error": c.error, "details": c.outcome.details if c.outcome else {}}
                 for c in mine
             ],
-            "scores": {},
-            "per_class": mean_per_class(outcomes) if outcomes else {},
-            "best": False,
-            "better_than": [],
+            "scores": {}, "per_class": {}, "best": False, "better_than": [],
         }  # fmt: skip
         rows.append(row)
-        if outcomes:
-            groups = [data.unit_of(item) for item in outcomes[0].items]
-            found = {name: _interval(outcomes, name, groups) for name in outcomes[0].scores}
-            headline, headlines[label] = next(iter(found.items()))
-            units = len(set(groups))
-            for name, x in found.items():
-                low, high = (None if math.isnan(end) else end for end in (x.low, x.high))
-                row["scores"][name] = {"value": x.value, "low": low, "high": high,
-                                       "std": x.spread, "seeds": list(x.seeds)}  # fmt: skip
+        if not outcomes:
+            continue
+        groups = [data.unit_of(item) for item in outcomes[0].items]
+        units, headline = len(set(groups)), next(iter(outcomes[0].scores))
+        for name in outcomes[0].scores:
+            # One number a run of the suite, where counts are of several k-means runs in each.
+            seeds = tuple(outcome.scores[name] for outcome in outcomes)
+            x = interval_of_outcomes(outcomes, name, groups)
+            x = replace(x, value=float(np.mean(seeds)), seeds=seeds)
+            headlines.setdefault(label, x)
+            low, high = (None if math.isnan(end) else end for end in (x.low, x.high))
+            row["scores"][name] = {"value": x.value, "low": low, "high": high, "std": x.spread,
+                                   "seeds": list(seeds)}  # fmt: skip
+        for name in outcomes[0].per_class:
+            found = [v for outcome in outcomes if (v := outcome.per_class[name]) is not None]
+            row["per_class"][name] = float(np.mean(found)) if found else None
     larger = not smaller_is_better(headline)
     best = (max if larger else min)((x.value for x in headlines.values()), default=None)
     for row in (row for row in rows if row["encoder"] in headlines):
@@ -73,16 +78,6 @@ def _table(data: Data, cells: list[Cell]) -> dict[str, Any]:
 def smaller_is_better(score: str) -> bool:
     """Whether a score is an error."""
     return "error" in score or "decay" in score
-
-
-def _interval(outcomes: Sequence[Outcome], score: str, groups: Sequence[str]) -> Interval:
-    seeds = tuple(outcome.scores[score] for outcome in outcomes)
-    try:
-        found = interval_of_outcomes(outcomes, score, groups=groups)
-    except ValueError:  # no values of single images: the seeds alone tell
-        found = Interval(math.nan, math.nan, math.nan, seeds)
-    # One number a run of the suite, where counts are of several k-means runs in each.
-    return replace(found, value=float(np.mean(seeds)), seeds=seeds)
 
 
 def as_csv(found: Sequence[dict[str, Any]]) -> str:
@@ -116,7 +111,9 @@ def as_markdown(found: Sequence[dict[str, Any]]) -> str:
         heads, rows = cells_of(table, "**{}**".format)
         lines += [f"### {table['data']}: {table['protocol']['name']}", ""]
         lines += ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
-        lines += ["| " + " | ".join(_in_a_line(x) for x in row) + " |" for row in rows]
+        for row in rows:  # an error may have several lines
+            cells = (" ".join(cell.split()).replace("|", "\\|") for cell in row)
+            lines.append(f"| {' | '.join(cells)} |")
         lines += ["", verdict(table), "", f"Protocol: {settings_text(table)}. {split_text(table)}"]
         lines.append("")
     return "\n".join([*lines, NOTE])
@@ -186,8 +183,3 @@ def split_text(table: dict[str, Any]) -> str:
 def short(value: float | None) -> str:
     """A number for a cell of a table."""
     return "-" if value is None or math.isnan(value) else f"{value:.3f}"
-
-
-def _in_a_line(cell: str) -> str:
-    """For a Markdown table: an error may have several lines."""
-    return " ".join(cell.split()).replace("|", "\\|")

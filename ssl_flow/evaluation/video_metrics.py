@@ -54,9 +54,8 @@ def sequence_scores(
     frames = []
     for index, (prediction, truth) in enumerate(zip(predictions, truths, strict=True)):
         if prediction.shape != truth.shape:
-            raise ValueError(
-                f"frame {index}: prediction {prediction.shape}, truth {truth.shape} differ"
-            )
+            found = f"prediction {prediction.shape}, truth {truth.shape}"
+            raise ValueError(f"frame {index}: {found} differ")
         if prediction.max(initial=0) > objects:
             raise ValueError(f"frame {index} predicts object {prediction.max()} of {objects}")
         pairs = [(prediction == i, truth == i) for i in range(1, objects + 1)]
@@ -74,27 +73,22 @@ def davis_summary(sequences: Sequence[np.ndarray]) -> dict[str, float]:
     of the frames minus that of the last.
     """
     objects = [scores for sequence in sequences for scores in sequence]  # (frames, 2) each
-    statistics = {
-        "mean": np.mean([o.mean(0) for o in objects], axis=0),
-        "recall": np.mean([(o > 0.5).mean(0) for o in objects], axis=0),
-        "decay": np.mean([_decay(o) for o in objects], axis=0),
-    }
-    summary = {"J&F mean": float(statistics["mean"].mean())}
-    for i, measure in enumerate("JF"):
-        summary |= {f"{measure} {name}": float(v[i]) for name, v in statistics.items()}
-    return summary
-
-
-def _decay(scores: np.ndarray) -> np.ndarray:
-    """(frames, 2) -> (2,). The quarters share their border frames, as in the official code."""
-    borders = (np.round(np.linspace(1, len(scores), 5) + 1e-10) - 1).astype(int)
-    first, last = scores[: borders[1] + 1], scores[borders[3] :]
-    return np.asarray(first.mean(0) - last.mean(0))
+    mean = np.mean([o.mean(0) for o in objects], axis=0)
+    recall = np.mean([(o > 0.5).mean(0) for o in objects], axis=0)
+    decays = []
+    for o in objects:  # the quarters share their border frames, as in the official code
+        borders = (np.round(np.linspace(1, len(o), 5) + 1e-10) - 1).astype(int)
+        decays.append(o[: borders[1] + 1].mean(0) - o[borders[3] :].mean(0))
+    rows = {"mean": mean, "recall": recall, "decay": np.mean(decays, axis=0)}
+    table = {f"{m} {name}": float(row[i]) for i, m in enumerate("JF") for name, row in rows.items()}
+    return {"J&F mean": float(mean.mean())} | table
 
 
 def _boundary(mask: np.ndarray) -> np.ndarray:
     """(H, W) uint8: 1 where the pixel right of, below, or diagonally below differs."""
-    padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
-    here, right, below, diagonal = mask, padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]
-    differs = (here != right) | (here != below) | (here != diagonal)
+    right, below, diagonal = (
+        np.pad(mask, ((0, 1), (0, 1)), mode="edge")[y:, x:][: len(mask), : mask.shape[1]]
+        for y, x in ((0, 1), (1, 0), (1, 1))
+    )
+    differs = (mask != right) | (mask != below) | (mask != diagonal)
     return np.asarray(differs, np.uint8)

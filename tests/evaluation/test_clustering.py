@@ -128,6 +128,6 @@ def test_bad_input(monkeypatch):
     broken.normalize = lambda images: torch.full((len(images), 3, 24, 24), torch.nan)
     with pytest.raises(ValueError, match="features of fake0 are not finite"):
         run_clustering(broken, good, good, QUICK)
-    monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(ImportError, match=r"pip install 'ssl-flow\[eval\]'"):
         run_clustering(FakeEncoder(), good, good, QUICK)

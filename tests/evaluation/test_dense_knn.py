@@ -37,13 +37,13 @@ def test_agrees_with_a_dense_float64_reference():
     encoder.normalize = lambda x: x.permute(0, 3, 1, 2) / 255 - 0.5  # so that directions differ
     result = run_dense_knn(encoder, train, test, protocol)
     keys, values = [], []
-    for item, patches, stride in image_features(encoder, train, "last"):
+    for item, patches, stride in image_features(encoder, train, protocol, "train"):
         keys.append(F.normalize(patches.flatten(1).T.double(), dim=1))
         one_hot = F.one_hot(torch.from_numpy(item.mask).long(), 3).permute(2, 0, 1).double()
         values.append(F.avg_pool2d(one_hot, stride).flatten(1).T)
     keys, values = torch.cat(keys), torch.cat(values)
     for (_, patches, stride), kept in zip(
-        image_features(encoder, test, "last"), result.examples, strict=True
+        image_features(encoder, test, protocol, "test"), result.examples, strict=True
     ):
         cosine = F.normalize(patches.flatten(1).T.double(), dim=1) @ keys.T
         cut = cosine.sort(dim=1, descending=True).values[:, 6:7]
@@ -99,8 +99,8 @@ def test_memory_limits_and_seed():
 def test_images_of_other_sizes_and_coarser_levels():
     encoder = FakeEncoder((4, 8))
     images = torch.rand(2, 3, 27, 45)
-    data = label_set(masks(0, 2, 45)[:, :27])
-    maps = [m for _, m, _ in image_features(encoder.eval(), data, "hypercolumn")]
+    data, protocol = label_set(masks(0, 2, 45)[:, :27]), DenseKnn("hypercolumn", None)
+    maps = [m for _, m, _ in image_features(encoder.eval(), data, protocol, "")]
     assert maps[0].shape == (6, 7, 12)
     coarse = encoder.features(images)[1]
     full = F.interpolate(coarse, scale_factor=8, mode="bilinear")[..., :27, :45]

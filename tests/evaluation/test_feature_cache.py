@@ -250,9 +250,8 @@ def test_features_that_float16_holds_give_the_very_same_result(tmp_path):
         assert result.as_dict() | {"seconds": 0} == computed.as_dict() | {"seconds": 0}
         for found, expected in zip(result.examples, computed.examples, strict=True):
             assert np.array_equal(found[2], expected[2])
-    cache = cache_features(encoder, train, tmp_path)
-    for options in ({}, {"files": cache}):
-        found = cached_levels(encoder, train, "hypercolumn", 4, **options)
+    for folder in (None, tmp_path):
+        found = cached_levels(encoder, train, "hypercolumn", 4, folder, "train")
         assert [item.name for item, _, _ in found] == train.names
 
 

@@ -179,8 +179,10 @@ def test_outcomes():
     assert interval_of_outcomes(both, "miou") == interval_of_miou(np.stack([counts, counts]))
     expected = interval_of_mean(np.stack([values, values + 1]))
     assert interval_of_outcomes(both, "J&F") == expected
-    with pytest.raises(ValueError, match="no values per image of 'accuracy'"):
-        interval_of_outcomes(both, "accuracy")
+    for one in both:
+        one.scores["accuracy"] = 0.25  # nothing of single images: the seeds alone tell
+    found = interval_of_outcomes(both, "accuracy")
+    assert (found.value, found.seeds) == (0.25, (0.25, 0.25)) and math.isnan(found.low)
     for bad in ([], [outcome(), outcome(items=names[::-1])]):
         with pytest.raises(ValueError, match="not of the same images"):
             interval_of_outcomes(bad, "miou")

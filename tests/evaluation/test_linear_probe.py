@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -32,6 +34,12 @@ def test_features_without_the_label_give_chance():
     train, test = (label_set(masks(s, 20), one_hot[masks(s + 5, 20)]) for s in (0, 1))
     result = run_linear_probe(FakeEncoder((1,)), train, test, QUICK)
     assert 0.3 < result.scores["pixel_accuracy"] < 0.37 and result.scores["miou"] < 0.25
+
+
+def test_a_probe_that_diverged_is_no_result():
+    data = label_set(masks(0))
+    with pytest.raises(ValueError, match=r"training loss is (nan|inf): lower lr = 1e\+37"):
+        run_linear_probe(FakeEncoder((1,)), data, data, replace(QUICK, lr=1e37))
 
 
 def test_ignored_pixels_neither_teach_nor_count():

@@ -46,6 +46,13 @@ def test_features_without_the_label_give_chance(protocol, true_colors):
     assert 0.3 < result.scores["pixel_accuracy"] < 0.37 and result.scores["miou"] < 0.3
 
 
+def test_a_head_that_diverged_is_no_result():
+    data = label_set(masks(0))
+    protocol = replace(PLAIN, lr=1e30, epochs=4)
+    with pytest.raises(ValueError, match=r"training loss is (nan|inf): lower lr = 1e\+30"):
+        run_segmentation_head(FakeEncoder(), data, data, protocol)
+
+
 def _one_step(protocol, monkeypatch):
     """The head after one training step on a whole set, its first state, features, masks."""
     data = label_set(

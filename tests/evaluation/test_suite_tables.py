@@ -10,6 +10,7 @@ from PIL import Image
 from torch import nn
 
 from ssl_flow.data.segmentation import SegmentationSet
+from ssl_flow.evaluation import protocols
 from ssl_flow.evaluation.dense_knn import DenseKnn
 from ssl_flow.evaluation.outcome import Outcome, cell_path, load_cell, save_cell
 from ssl_flow.evaluation.protocols import Data, open_data
@@ -93,6 +94,16 @@ def test_better_is_said_only_where_intervals_and_runs_are_apart(data):
     lines = as_csv([table]).splitlines()
     assert lines[1].startswith("fake,dense-knn,1,good,miou,0.97") and lines[1].endswith(",1,poor")
     assert lines[-1].startswith("fake,dense-knn,1,gone,miou,,,,,1,1")
+
+
+@pytest.mark.parametrize(
+    "found", [Outcome({"miou": np.nan}), Outcome({"miou": 0.5}, values={"J": np.array([np.inf])})]
+)
+def test_a_score_that_is_not_finite_is_no_outcome(data, monkeypatch, found):
+    fake = protocols.Entry(DenseKnn, lambda *given, **options: found)
+    monkeypatch.setitem(protocols.PROTOCOLS, "dense-knn", fake)
+    with pytest.raises(ValueError, match="a score is not finite"):
+        protocols.run_protocol(DenseKnn(), None, data, 0)
 
 
 def test_an_error_of_several_lines_is_one_cell(data):
