@@ -117,6 +117,15 @@ def test_groups_are_those_of_kmeans_and_find_two_colours():
     assert len(white) == 1 and abs(white[0] - 32) <= 1
 
 
+def test_mean_shift_finds_how_many_colours_there_are():
+    network, image = FakeEncoder().eval(), halves(RED, GREEN)
+    image[:24] = BLUE
+    look = fit_look(network, [Shown(image)], "mean-shift")
+    segments = draw(network, Shown(image), look, (48, 64))[:, 2 * 68 :]
+    places = {tuple(segments[row, column]) for row, column in ((8, 8), (8, 56), (40, 8), (40, 56))}
+    assert len(places) == 3 == len(look.weight) - 3
+
+
 def test_borders_lie_between_segments():
     labels = np.zeros((6, 6), int)
     labels[2:4, 3:5] = 1
@@ -226,8 +235,8 @@ def test_damage_is_told_and_the_rest_shown(encoder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--out", "a.avi"], "expected a .mp4 or .png in a folder"),
-        (["--out", "none/a.mp4"], "expected a .mp4 or .png in a folder"),
+        (["--out", "a.avi"], "expected a .mp4, .png or .jpg in a folder"),
+        (["--out", "none/a.mp4"], "expected a .mp4, .png or .jpg in a folder"),
         (["--max-frames", "0"], "--max-frames 0: expected 1 to"),
         (["--groups", "256"], "--groups 256: expected 0 to 254"),
         (["--size", "8"], "--size 8: expected 16 to"),

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from ssl_flow.cli import main
 from ssl_flow.evaluation.pixel_features import check_features
 from ssl_flow.models import Normalization, create_encoder, export, load_encoder, save_encoder
 from ssl_flow.models.export import export_encoder
+from ssl_flow.models.export_graph import export_program
 
 NORMALIZATION = Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 ROOT = Path(__file__).parents[2]
@@ -171,6 +173,18 @@ def test_torch_export_for_any_batch_and_size(tmp_path):
             expected = [*encoder.features(x), encoder.embed(x)]
             for a, b in zip(program(x), expected, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_of_windows_it_is_told_that_a_graph_takes_long(monkeypatch):
+    def give_up(*_, **__):
+        raise RuntimeError("given up")
+
+    monkeypatch.setattr("torch.export.export", give_up)
+    with pytest.warns(UserWarning, match="windows"), pytest.raises(ValueError, match="given up"):
+        export_program(create_encoder("swin_tiny_patch4_window7_224"))
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="given up"):
+        warnings.simplefilter("error")
+        export_program(create_encoder("test_vit"))
 
 
 def test_hub_folder_and_torch_hub(tmp_path, images, monkeypatch):
