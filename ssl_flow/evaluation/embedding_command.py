@@ -49,7 +49,7 @@ class ShowEmbeddingCommand:
     encoder: str
     """FOLDER | timm:NAME | torchvision:NAME | random:NAME | handmade | python:MODULE:FUNCTION"""
     out: Path = Path("embedding.mp4")
-    """.mp4: the video; .png, .jpg: a sheet of up to 4 of its frames."""
+    """.mp4: the video; .png: a sheet of up to 4 of its frames."""
     max_frames: int = 300
     """Frames shown, from the beginning."""
     size: int = 256
@@ -73,8 +73,8 @@ def show_embedding_command(argv: Sequence[str]) -> int:
 
 def _show(command: ShowEmbeddingCommand) -> str:
     source, out = command.source, command.out
-    if out.suffix not in (".mp4", ".png", ".jpg") or not out.absolute().parent.is_dir():
-        raise ValueError(f"--out {out}: expected a .mp4, .png or .jpg in a folder that is there")
+    if out.suffix not in (".mp4", ".png") or not out.absolute().parent.is_dir():
+        raise ValueError(f"--out {out}: expected a .mp4 or .png in a folder that is there")
     groups = 0 if command.groups == "mean-shift" else command.groups
     for name, value, low, high in (("max-frames", command.max_frames, 1, 10**9),
                                    ("size", command.size, 16, 4096),
@@ -102,12 +102,12 @@ def _show(command: ShowEmbeddingCommand) -> str:
     estimate_random(encoder, command.encoder, [shown.image for shown in sample])
     look = fit_look(encoder, sample, command.groups)
     tile = sample[0].image.shape[:2]
-    if out.suffix != ".mp4":
+    if out.suffix == ".png":
         rows = [draw(encoder, sample[i], look, tile) for i in spread(len(sample), _ROWS)]
         sheet = np.concatenate(
             [np.pad(r, ((0, 4), (0, 0), (0, 0)), constant_values=255) for r in rows]
         )
-        write_atomically(out, cv2.imencode(out.suffix, sheet[:-4, :, ::-1])[1].tobytes())
+        write_atomically(out, cv2.imencode(".png", sheet[:-4, :, ::-1])[1].tobytes())
         return f"wrote {out}: {len(rows)} of {len(times)} frames"
     drawn = (draw(encoder, shown, look, tile) for shown in frames())
     codec = write_video(out, bar(drawn, "drawing", total=len(times)), frame_rate(times))

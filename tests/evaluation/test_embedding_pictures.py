@@ -235,8 +235,8 @@ def test_damage_is_told_and_the_rest_shown(encoder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--out", "a.avi"], "expected a .mp4, .png or .jpg in a folder"),
-        (["--out", "none/a.mp4"], "expected a .mp4, .png or .jpg in a folder"),
+        (["--out", "a.avi"], "expected a .mp4 or .png in a folder"),
+        (["--out", "none/a.mp4"], "expected a .mp4 or .png in a folder"),
         (["--max-frames", "0"], "--max-frames 0: expected 1 to"),
         (["--groups", "256"], "--groups 256: expected 0 to 254"),
         (["--size", "8"], "--size 8: expected 16 to"),
