@@ -55,8 +55,8 @@ def export_encoder(spec: str | Path, to: str, out: str | Path, licence: str = "o
     if to not in FORMATS:
         raise ValueError(f"no format {to!r}; there are {', '.join(FORMATS)}")
     encoder = load_encoder(spec)
-    if type(encoder) is not Encoder:
-        raise ValueError(f"{spec} is no timm backbone: only those are exported")
+    if type(encoder) is not Encoder or encoder.model_args.get("in_chans", 3) != 3:
+        raise ValueError(f"{spec} is no timm backbone of 3 channels: only those are exported")
     if to == "torchvision":
         _torchvision(encoder)  # a refusal comes before the work
     part = out.with_name(f".{out.name}.{os.getpid()}")

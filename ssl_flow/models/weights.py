@@ -100,11 +100,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         wish = f"it asks for {asked[1]}" if asked else str(error).splitlines()[0]
         raise ValueError(
             f"{path} was not opened, since loading it could run code ({wish}). Ask its author for "
-            "a .safetensors, or, where you trust it, save its tensors alone: "
-            "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
+            "a .safetensors, or, where you trust it, open it by torch.load(FILE, "
+            "weights_only=False) and save a dict of its tensors alone"
         ) from error
     except Exception as error:
-        raise ValueError(f"{path} is no readable file of weights: {error}") from error
+        raise ValueError(f"{path} is no readable file of weights: {error!r}") from error
     return dict(_flat(content))
 
 

@@ -135,6 +135,7 @@ def test_onnx_for_any_batch_and_size(architecture, tmp_path):
             torch.testing.assert_close(torch.from_numpy(a), b, rtol=1e-4, atol=1e-4)
         for a, b in zip(lone.features(x), expected[:-1], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert not lone.features(x.requires_grad_())[0].requires_grad
     check_features(lone, "hypercolumn")
     assert lone.backbone.digest.tolist() == list(
         hashlib.sha256((tmp_path / "out" / "model.onnx").read_bytes()).digest()
@@ -287,7 +288,7 @@ def test_the_command_and_its_refusals(tmp_path, capsys, monkeypatch):
         ([encoder, "--to", "timm", out], "out is there already"),
         ([encoder, "--to", "torchvision", f"{out}2"], "no such ResNet as test_resnet; it has res"),
         ([encoder, "--to", "timm", f"{out}2", "--push", "a/b"], "--push goes with --to hub"),
-        (["handmade", "--to", "timm", f"{out}2"], "handmade is no timm backbone"),
+        (["handmade", "--to", "timm", f"{out}2"], "handmade is no timm backbone of 3"),
         ([str(tmp_path / "x"), "--to", "timm", f"{out}2"], r"config.json is missing"),
         ([encoder, "--to", "onnx", f"{out}2"], "pip install 'ssl-flow[onnx]'"),
     ]:
