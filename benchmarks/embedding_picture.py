@@ -1,6 +1,6 @@
 """The picture of docs/pictures.md: two frames of each video, as `ssl-flow show embedding` draws it.
 
-python benchmarks/embedding_picture.py VIDEO VIDEO --encoder runs/NAME --out docs/images/embedding.jpg
+python benchmarks/embedding_picture.py VIDEO VIDEO --encoder runs/NAME --out PICTURE.jpg
 """
 
 from __future__ import annotations

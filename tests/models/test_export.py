@@ -15,7 +15,15 @@ from safetensors.torch import load_file
 
 from ssl_flow.cli import main
 from ssl_flow.evaluation.pixel_features import check_features
-from ssl_flow.models import Normalization, create_encoder, export, load_encoder, save_encoder
+from ssl_flow.models import (
+    Normalization,
+    create_encoder,
+    create_tile_encoder,
+    export,
+    load_encoder,
+    save_encoder,
+    save_tile_encoder,
+)
 from ssl_flow.models.export import export_encoder
 from ssl_flow.models.export_graph import export_program
 
@@ -284,11 +292,14 @@ def test_the_command_and_its_refusals(tmp_path, capsys, monkeypatch):
     assert main(["export", encoder, "--to", "timm", out]) == 0
     assert "timm, photograph (1 x 3 x 224 x 256): largest error 0.0e+00" in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "onnxscript", None)
+    tiles = create_tile_encoder("random:resnet18", ["red", "green", "blue"])
+    save_tile_encoder(tiles, tmp_path / "tiles")
     for arguments, message in [
         ([encoder, "--to", "timm", out], "out is there already"),
         ([encoder, "--to", "torchvision", f"{out}2"], "no such ResNet as test_resnet; it has res"),
         ([encoder, "--to", "timm", f"{out}2", "--push", "a/b"], "--push goes with --to hub"),
         (["handmade", "--to", "timm", f"{out}2"], "handmade is no timm backbone of 3"),
+        ([str(tmp_path / "tiles"), "--to", "timm", f"{out}2"], "is an encoder of tiles"),
         ([str(tmp_path / "x"), "--to", "timm", f"{out}2"], r"config.json is missing"),
         ([encoder, "--to", "onnx", f"{out}2"], "pip install 'ssl-flow[onnx]'"),
     ]:
