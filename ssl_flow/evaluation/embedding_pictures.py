@@ -133,7 +133,8 @@ def fit_look(
     """Fit colours, groups (0: none) and the flow's full colour on some frames.
 
     Groups are scikit-learn's MiniBatchKMeans (Sculley, "Web-Scale K-Means Clustering", WWW 2010),
-    or its MeanShift (Comaniciu & Meer, PAMI 2002) on `_SHIFTED` pixels, which finds their number.
+    or its MeanShift (Comaniciu & Meer, PAMI 2002) on `_SHIFTED` pixels, which finds their number
+    (at a bandwidth of their root mean square distance from the mean; of 1 % of the pixels or more).
 
     Raises:
         ValueError: features that are not finite, or fewer pixels than groups.
@@ -150,12 +151,13 @@ def fit_look(
         cluster, points = load_clustering(), pixels.numpy()
         if groups == "mean-shift":
             points = points[:: math.ceil(len(points) / _SHIFTED)]
-            width = cluster.estimate_bandwidth(points, quantile=0.1)
-            found = cluster.MeanShift(bandwidth=max(width, 1e-3)).fit(points)
+            width = max(float(points.var(0).sum()) ** 0.5, 1e-3)  # how far they lie from the mean
+            found = cluster.MeanShift(bandwidth=width).fit(points)
+            large = np.bincount(found.labels_) >= len(points) / 100
         else:
             kmeans = cluster.MiniBatchKMeans(groups, n_init=3, batch_size=4096, random_state=0)
-            found = kmeans.fit(points)
-        centres = torch.from_numpy(found.cluster_centers_[:MOST_GROUPS])
+            found, large = kmeans.fit(points), slice(None)
+        centres = torch.from_numpy(found.cluster_centers_[large])
         weight = torch.cat([weight, centres])
         bias = torch.cat([bias, -centres.square().sum(1) / 2])
     flows = [shown.flow() for shown in sample if shown.flow is not None]
