@@ -153,7 +153,7 @@ def fit_look(
             points = points[:: math.ceil(len(points) / _SHIFTED)]
             width = max(float(points.var(0).sum()) ** 0.5, 1e-3)  # how far they lie from the mean
             found = cluster.MeanShift(bandwidth=width).fit(points)
-            large = np.bincount(found.labels_) >= len(points) / 100
+            large: Any = np.bincount(found.labels_) >= len(points) / 100
         else:
             kmeans = cluster.MiniBatchKMeans(groups, n_init=3, batch_size=4096, random_state=0)
             found, large = kmeans.fit(points), slice(None)
