@@ -20,7 +20,7 @@ class DataConfig:
 
     store: str = "synthetic"
     """A store written by `ssl-flow flow`; `synthetic` or `synthetic:N`: N (150) videos, made and
-    analysed on the spot; `map:PATH`, a map for Loc2Vec (docs/loc2vec.md)."""
+    analysed on the spot; `map:PATH`, a map as of `ssl-flow loc2vec rasterize`."""
     crop: int = 128
     """Side of the training crops (or tiles) in pixels, a multiple of 32."""
     start_crop: int = 0

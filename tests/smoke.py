@@ -253,6 +253,7 @@ def helps():
         with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
             main([*command.split(), "--help"])
         assert f"usage: ssl-flow {command.split()[0]}" in printed.getvalue(), command
+        assert "docs/" not in printed.getvalue(), f"{command} names a file that no wheel has"
 
 
 if __name__ == "__main__":

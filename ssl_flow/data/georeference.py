@@ -16,6 +16,11 @@ import numpy as np
 EARTH_RADIUS = 6_371_008.8
 """Metres: the mean radius of WGS 84. One sphere for all distances; off the ellipsoid by < 0.6 %."""
 PROJECTIONS = "'Web Mercator (EPSG:3857)' and 'equirectangular (EPSG:4326)'"
+META = (
+    'put a meta.json beside it, {"projection": "equirectangular (EPSG:4326)", "pixels_per_degree": '
+    'P, "lon_left": L, "lat_top": T}'
+)
+"""What to do for a picture that does not say where it lies."""
 
 
 class Georeference(Protocol):

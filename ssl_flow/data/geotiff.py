@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl_flow.data.georeference import Georeference
+from ssl_flow.data.georeference import META, Georeference
 from ssl_flow.data.tiles import TileMap
 
 
@@ -23,8 +23,7 @@ def open_geotiff(path: Path) -> TileMap:
     with file.open() as data:
         if data.crs is None or data.transform.is_identity:
             raise ValueError(
-                f"{path} has no georeference: add one (gdal_translate -a_srs -a_ullr), or put a "
-                "meta.json beside it (docs/maps.md)"
+                f"{path} has no georeference: add one (gdal_translate -a_srs -a_ullr), or {META}"
             )
         if set(data.dtypes) != {"uint8"}:
             raise ValueError(

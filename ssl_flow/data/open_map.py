@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ssl_flow.data.georeference import WebMercator, read_georeference
+from ssl_flow.data.georeference import META, WebMercator, read_georeference
 from ssl_flow.data.labelled import IMAGE_SUFFIXES
 from ssl_flow.data.mosaic import Mosaic, image_size
 from ssl_flow.data.tiles import TileMap
 
 LAYOUT = (
-    "a folder with meta.json and NAME.png or layers/NAME.png (docs/maps.md), an image in such a "
-    "folder, a GeoTIFF, or a folder of tiles ZOOM/X/Y.png"
+    "a folder with meta.json and NAME.png or layers/NAME.png, an image in such a folder, "
+    "a GeoTIFF, or a folder of tiles ZOOM/X/Y.png"
 )
 
 
@@ -49,10 +49,7 @@ def open_map(path: Path | str, layers: Sequence[str] | None = None) -> TileMap:
         from ssl_flow.data.geotiff import open_geotiff
 
         return open_geotiff(path)
-    raise ValueError(
-        f"{path} has no georeference: put a meta.json with its projection beside it "
-        "(docs/maps.md), or give a GeoTIFF"
-    )
+    raise ValueError(f"{path} has no georeference: {META}, or give a GeoTIFF")
 
 
 def open_map_spec(spec: str) -> TileMap:

@@ -7,18 +7,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 import tyro
 
 from ssl_flow.evaluation.embedding_pictures import (
+    MOST_GROUPS,
     Shown,
     draw,
     estimate_random,
     fit_look,
-    load_kmeans,
+    load_clustering,
     sample_frames,
     shown_frames,
 )
@@ -39,8 +40,8 @@ _CODECS = {  # what plays nearly everywhere first; a build of FFmpeg need not ha
 class ShowEmbeddingCommand:
     """Draw frames beside their embedding, its groups, and the optical flow.
 
-    The embedding: three principal components as colours. Groups: k-means. An encoder without an
-    embedding head shows all its levels together.
+    The embedding: three principal components as colours. An encoder without an embedding head
+    shows all its levels together.
     """
 
     source: tyro.conf.Positional[Path]
@@ -55,8 +56,8 @@ class ShowEmbeddingCommand:
     """Shorter side of the frames in pixels (a store has its own)."""
     gap: float = 0.1
     """Seconds between the two frames of a flow (a store has its own)."""
-    groups: int = 8
-    """Clusters of k-means (extra `eval`); 0: none are drawn."""
+    groups: int | Literal["mean-shift"] = 8
+    """Clusters of k-means; mean-shift: as many as it finds; 0: none (extra `eval`)."""
     include: tuple[str, ...] = ()
     """Sources of a store, names or patterns such as "clips/*"; all by default."""
     device: str = "auto"
@@ -74,16 +75,18 @@ def _show(command: ShowEmbeddingCommand) -> str:
     source, out = command.source, command.out
     if out.suffix not in (".mp4", ".png") or not out.absolute().parent.is_dir():
         raise ValueError(f"--out {out}: expected a .mp4 or .png in a folder that is there")
-    for name, low, high in (("max_frames", 1, 10**9), ("size", 16, 4096), ("groups", 0, 254)):
-        if not low <= getattr(command, name) <= high:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} {getattr(command, name)}: expected {low} to {high}")
+    groups = 0 if command.groups == "mean-shift" else command.groups
+    for name, value, low, high in (("max-frames", command.max_frames, 1, 10**9),
+                                   ("size", command.size, 16, 4096),
+                                   ("groups", groups, 0, MOST_GROUPS)):  # fmt: skip
+        if not low <= value <= high:
+            raise ValueError(f"--{name} {value}: expected {low} to {high}")
     if not 0 < command.gap < 3600:
         raise ValueError(f"--gap {command.gap}: expected seconds above 0")
     if not source.exists():
         raise FileNotFoundError(f"no such video, folder, store or image: {source}")
     if command.groups:
-        load_kmeans()
+        load_clustering()
     encoder: Any = load_encoder(command.encoder).to(pick_device(command.device))
 
     def frames() -> Iterator[Shown]:

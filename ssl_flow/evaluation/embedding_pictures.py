@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -35,6 +35,8 @@ from ssl_flow.models.encoder import EMBEDDING_STRIDE, Encoder
 
 _FITTED = 2**25  # numbers that colours and groups are fitted on at most: 128 MiB
 _PIXELS = 2000  # of them pixels of one frame
+_SHIFTED = 1000  # pixels for mean shift, whose time grows with their square
+MOST_GROUPS = 254  # colours of `palette` that can be told from the picture
 
 
 class Shown(NamedTuple):
@@ -125,10 +127,14 @@ def pixel_maps(encoder: Encoder, image: np.ndarray) -> tuple[Tensor, int]:
     return embedding.cpu(), EMBEDDING_STRIDE
 
 
-def fit_look(encoder: Encoder, sample: Sequence[Shown], groups: int) -> Look:
-    """Fit colours, k-means groups (0: none) and the flow's full colour on some frames.
+def fit_look(
+    encoder: Encoder, sample: Sequence[Shown], groups: int | Literal["mean-shift"]
+) -> Look:
+    """Fit colours, groups (0: none) and the flow's full colour on some frames.
 
-    Groups are scikit-learn's MiniBatchKMeans: Sculley, "Web-Scale K-Means Clustering", WWW 2010.
+    Groups are scikit-learn's MiniBatchKMeans (Sculley, "Web-Scale K-Means Clustering", WWW 2010),
+    or its MeanShift (Comaniciu & Meer, PAMI 2002) on `_SHIFTED` pixels, which finds their number
+    (at a bandwidth of their root mean square distance from the mean; of 1 % of the pixels or more).
 
     Raises:
         ValueError: features that are not finite, or fewer pixels than groups.
@@ -142,8 +148,16 @@ def fit_look(encoder: Encoder, sample: Sequence[Shown], groups: int) -> Look:
     pixels = torch.cat(vectors)
     weight, bias = fit_colors(pixels)
     if groups:
-        found = load_kmeans()(groups, n_init=3, batch_size=4096, random_state=0).fit(pixels.numpy())
-        centres = torch.from_numpy(found.cluster_centers_)
+        cluster, points = load_clustering(), pixels.numpy()
+        if groups == "mean-shift":
+            points = points[:: math.ceil(len(points) / _SHIFTED)]
+            width = max(float(points.var(0).sum()) ** 0.5, 1e-3)  # how far they lie from the mean
+            found = cluster.MeanShift(bandwidth=width).fit(points)
+            large: Any = np.bincount(found.labels_) >= len(points) / 100
+        else:
+            kmeans = cluster.MiniBatchKMeans(groups, n_init=3, batch_size=4096, random_state=0)
+            found, large = kmeans.fit(points), slice(None)
+        centres = torch.from_numpy(found.cluster_centers_[large])
         weight = torch.cat([weight, centres])
         bias = torch.cat([bias, -centres.square().sum(1) / 2])
     flows = [shown.flow() for shown in sample if shown.flow is not None]
@@ -151,14 +165,14 @@ def fit_look(encoder: Encoder, sample: Sequence[Shown], groups: int) -> Look:
     return Look(weight, bias, max(float(np.max(lengths, initial=0)), 0.1))
 
 
-def load_kmeans() -> Any:  # noqa: ANN401 (a class of scikit-learn)
-    """MiniBatchKMeans; ImportError, with what to do, without scikit-learn."""
+def load_clustering() -> Any:  # noqa: ANN401 (a module)
+    """sklearn.cluster; ImportError, with what to do, without scikit-learn."""
     try:
-        from sklearn.cluster import MiniBatchKMeans
+        import sklearn.cluster
     except ImportError as error:
         text = "groups need scikit-learn: pip install 'ssl-flow[eval]', or --groups 0"
         raise ImportError(text) from error
-    return MiniBatchKMeans
+    return sklearn.cluster
 
 
 def draw(encoder: Encoder, shown: Shown, look: Look, tile: tuple[int, int]) -> np.ndarray:

@@ -93,7 +93,7 @@ def _show(command: ShowHeatmapCommand) -> str:
         about += f" of {head.classes[index]} (score {scores[index]:.3g})"
         found = class_map(encoder, small, method, weight, bias, index)
         if command.head and command.head.startswith("imagefolder:"):
-            save_head(out.parent / "head.safetensors", weight, bias, head.classes)
+            save_head(out.parent / "classifier.safetensors", weight, bias, head.classes)
     found = cv2.resize(found, image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
     buffer = io.BytesIO()
     np.save(buffer, found)

@@ -35,7 +35,8 @@ class Embed:
     """CSV file with columns lon and lat (or longitude and latitude) in degrees; without a header
     the first two are taken as such."""
     map: str
-    """What tiles are cut from: a path (docs/maps.md), PATH@NAME,NAME for some of its layers."""
+    """What tiles are cut from: a folder with meta.json (`ssl-flow loc2vec rasterize` writes one),
+    an image in it, a GeoTIFF, tiles ZOOM/X/Y.png; FOLDER@NAME,NAME: some of its layers."""
     encoder: str
     """A run or encoder folder of `ssl-flow train loc2vec`; or histograms."""
     out: Path

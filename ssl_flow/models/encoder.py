@@ -57,14 +57,13 @@ class Encoder(nn.Module):
         backbone: nn.Module,
         architecture: str,
         model_args: dict[str, Any] | None = None,
-        head: PixelEmbeddingHead | None = None,
     ) -> None:
         """`architecture` and `model_args` are what `timm.create_model` needs to build it again."""
         super().__init__()
         self.backbone = backbone
         self.architecture = architecture
         self.model_args = dict(model_args or {})
-        self.head = head
+        self.head: PixelEmbeddingHead | None = None
         levels = _levels(backbone.feature_info)
         self._indices = [index for index, _, _ in levels]
         self.channels: list[int] = [channels for _, channels, _ in levels]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ssl_flow.models.encoder import Encoder, WeightsError
 from ssl_flow.models.export_card import write_card
 from ssl_flow.models.export_graph import save_onnx, save_program
-from ssl_flow.models.folder import load_encoder, save_encoder
+from ssl_flow.models.folder import load_encoder, read_folder, save_encoder
 from ssl_flow.models.wrapped import OnnxNetwork
 
 FORMATS = ("timm", "torchvision", "onnx", "torch-export", "hub")
@@ -55,8 +55,10 @@ def export_encoder(spec: str | Path, to: str, out: str | Path, licence: str = "o
     if to not in FORMATS:
         raise ValueError(f"no format {to!r}; there are {', '.join(FORMATS)}")
     encoder = load_encoder(spec)
-    if type(encoder) is not Encoder:
-        raise ValueError(f"{spec} is no timm backbone: only those are exported")
+    if type(encoder) is not Encoder or encoder.model_args.get("in_chans", 3) != 3:
+        raise ValueError(f"{spec} is no timm backbone of 3 channels: only those are exported")
+    if Path(spec).exists() and "tile_encoder" in read_folder(Path(spec))[2]:
+        raise ValueError(f"{spec} is an encoder of tiles; its folder is one that timm reads")
     if to == "torchvision":
         _torchvision(encoder)  # a refusal comes before the work
     part = out.with_name(f".{out.name}.{os.getpid()}")
@@ -79,8 +81,8 @@ def _run_of(spec: Path) -> Path | None:
     """The run whose encoder that is, if it is a path into one."""
     path = spec.resolve()
     inside = (path, path.parent, path.parent.parent) if path.exists() else ()
-    of_encoder = (run for run in inside if (run / "encoder" / "config.json").is_file())
-    return next((run for run in of_encoder if (run / "config.yaml").is_file()), None)
+    needed = ("encoder/config.json", "config.yaml")
+    return next((run for run in inside if all((run / n).is_file() for n in needed)), None)
 
 
 @torch.no_grad()

@@ -58,6 +58,12 @@ def export_program(encoder: Encoder) -> ExportedProgram:
     Raises:
         ValueError: the backbone's code depends on the image's size.
     """
+    if any(hasattr(module, "window_size") for module in encoder.backbone.modules()):
+        warnings.warn(
+            f"{encoder.architecture} divides its maps into windows, and torch.export may need more "
+            "than ten minutes for the shapes of those; --to timm takes seconds",
+            stacklevel=2,
+        )
     cell = math.lcm(*encoder.strides)
     images = torch.zeros(2, 3, 2 * cell + 3, 3 * cell + 5)  # 0 and 1 would be taken for constants
     sizes = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}

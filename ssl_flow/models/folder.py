@@ -13,7 +13,6 @@ from torch import nn
 
 from ssl_flow.models.encoder import Encoder, Normalization, WeightsError, create_encoder
 from ssl_flow.models.handmade import HandmadeEncoder
-from ssl_flow.models.head import PixelEmbeddingHead
 from ssl_flow.models.weights import load_weights, read_tensors
 from ssl_flow.models.wrapped import load_onnx, load_python, load_torchvision
 
@@ -25,18 +24,17 @@ def save_encoder(encoder: Encoder, folder: str | Path) -> Path:
     `ssl_flow.load_encoder(folder)` and `timm.create_model("local-dir:FOLDER", pretrained=True)`.
     Each file is written under a temporary name and moved in place.
     """
-    head = encoder.head
-    if head is None:
-        return write_folder(encoder, folder)
-    own = {"embedding_dim": head.embedding_dim, "hidden_dim": head.hidden_dim}
-    return write_folder(encoder, folder, head, {"ssl_flow": own})
+    head, own = encoder.head, {}
+    if head is not None:
+        own["ssl_flow"] = {"embedding_dim": head.embedding_dim, "hidden_dim": head.hidden_dim}
+    return write_folder(encoder, folder, head, own)
 
 
 def write_folder(
     encoder: Any,  # noqa: ANN401 (an Encoder or a TileEncoder)
     folder: str | Path,
-    head: nn.Module | None = None,
-    own: dict[str, Any] | None = None,
+    head: nn.Module | None,
+    own: dict[str, Any],
 ) -> Path:
     """Write a backbone and its head as `save_encoder` says; `own` is added to `config.json`."""
     folder = Path(folder)
@@ -58,7 +56,7 @@ def write_folder(
             "std": list(normalization.std),
             "interpolation": "bilinear",
         },
-        **(own or {}),
+        **own,
     }
     _save_tensors(encoder.backbone, folder / "model.safetensors")
     if head is not None:
@@ -176,17 +174,19 @@ def read_folder(path: Path) -> tuple[Path, Path, dict[str, Any]]:
 def _load_folder(path: Path, strict: bool) -> Encoder:
     folder, weights, config = read_folder(path)
     own = config.get("ssl_flow", {})
-    encoder = create_encoder(config["architecture"], model_args=config.get("model_args"))
+    encoder = create_encoder(
+        config["architecture"],
+        own.get("embedding_dim"),
+        own.get("hidden_dim", 128),
+        model_args=config.get("model_args"),
+    )
     pixels = config.get("pretrained_cfg", {})
     if "mean" in pixels and "std" in pixels:
         encoder.normalization = Normalization(tuple(pixels["mean"]), tuple(pixels["std"]))
     if "input_size" in pixels:
         encoder.input_size = tuple(pixels["input_size"][1:])
     _filled(encoder, weights, strict)
-    if own:
-        encoder.head = PixelEmbeddingHead(
-            encoder.channels, encoder.strides, own["embedding_dim"], own["hidden_dim"]
-        )
+    if encoder.head is not None:
         load_tensors(encoder.head, folder / "head.safetensors")
     return encoder.eval()
 

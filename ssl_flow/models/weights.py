@@ -21,6 +21,23 @@ from torch import Tensor, nn
 _OTHER_COPY = re.compile("student|momentum|encoder_k")
 
 
+class _Dropped:
+    """In the place of a NumPy number, as in the learning rates of DINO's optimiser."""
+
+    def __init__(self, *_: object) -> None:
+        """Nothing of NumPy is run."""
+
+    __setstate__ = __init__
+
+
+_SAFE: list[Any] = [
+    argparse.Namespace,
+    type("dtype", (_Dropped,), {"__module__": "numpy"}),
+    type("scalar", (_Dropped,), {"__module__": "numpy.core.multiarray"}),
+    type("scalar", (_Dropped,), {"__module__": "numpy._core.multiarray"}),
+]
+
+
 @dataclass(frozen=True)
 class Match:
     """Which tensors of a source a network takes; `str()` is the report."""
@@ -64,7 +81,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a `.safetensors` file or of a PyTorch checkpoint, by their dotted names.
 
     A checkpoint is unpickled by PyTorch's restricted reader (`weights_only`); beside its own types
-    it may hold an `argparse.Namespace`, as DINO's training files do. No code of it is run.
+    it may hold an `argparse.Namespace` and NumPy's numbers (which are dropped), as DINO's training
+    files do. No code of it is run.
 
     Raises:
         FileNotFoundError: no such file.
@@ -75,18 +93,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_SAFE):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))
         wish = f"it asks for {asked[1]}" if asked else str(error).splitlines()[0]
         raise ValueError(
             f"{path} was not opened, since loading it could run code ({wish}). Ask its author for "
-            "a .safetensors, or, where you trust it, save its state dict alone: "
-            "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
+            "a .safetensors, or, where you trust it, open it by torch.load(FILE, "
+            "weights_only=False) and save a dict of its tensors alone"
         ) from error
     except Exception as error:
-        raise ValueError(f"{path} is no readable file of weights: {error}") from error
+        raise ValueError(f"{path} is no readable file of weights: {error!r}") from error
     return dict(_flat(content))
 
 

@@ -261,7 +261,7 @@ class OnnxNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> all outputs."""
-        given = self.session.run(None, {"images": images.cpu().numpy()})
+        given = self.session.run(None, {"images": images.detach().cpu().numpy()})
         return [torch.from_numpy(array).to(images.device) for array in given]
 
     def features(self, images: Tensor) -> list[Tensor]:

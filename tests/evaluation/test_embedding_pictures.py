@@ -117,6 +117,15 @@ def test_groups_are_those_of_kmeans_and_find_two_colours():
     assert len(white) == 1 and abs(white[0] - 32) <= 1
 
 
+def test_mean_shift_finds_how_many_colours_there_are():
+    network, image = FakeEncoder().eval(), halves(RED, GREEN)
+    image[:24] = BLUE
+    look = fit_look(network, [Shown(image)], "mean-shift")
+    segments = draw(network, Shown(image), look, (48, 64))[:, 2 * 68 :]
+    places = {tuple(segments[row, column]) for row, column in ((8, 8), (8, 56), (40, 8), (40, 56))}
+    assert len(places) == 3 == len(look.weight) - 3
+
+
 def test_borders_lie_between_segments():
     labels = np.zeros((6, 6), int)
     labels[2:4, 3:5] = 1

@@ -63,7 +63,7 @@ def test_a_head_is_fitted_kept_and_read(folder, tmp_path, capsys):
     image = "set/val/7/0.png"
     assert show(folder, *head, "--out", str(tmp_path / "a.png"), image=image) == 0
     assert "cam of 7 (score" in capsys.readouterr().out  # the class of the highest score
-    kept = tmp_path / "head.safetensors"
+    kept = tmp_path / "classifier.safetensors"
     with safe_open(kept, "pt") as file:
         assert json.loads(file.metadata()["classes"]) == ["7", "apple"]
         weight = file.get_tensor("weight")

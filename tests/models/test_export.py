@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,17 @@ from safetensors.torch import load_file
 
 from ssl_flow.cli import main
 from ssl_flow.evaluation.pixel_features import check_features
-from ssl_flow.models import Normalization, create_encoder, export, load_encoder, save_encoder
+from ssl_flow.models import (
+    Normalization,
+    create_encoder,
+    create_tile_encoder,
+    export,
+    load_encoder,
+    save_encoder,
+    save_tile_encoder,
+)
 from ssl_flow.models.export import export_encoder
+from ssl_flow.models.export_graph import export_program
 
 NORMALIZATION = Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 ROOT = Path(__file__).parents[2]
@@ -133,6 +143,7 @@ def test_onnx_for_any_batch_and_size(architecture, tmp_path):
             torch.testing.assert_close(torch.from_numpy(a), b, rtol=1e-4, atol=1e-4)
         for a, b in zip(lone.features(x), expected[:-1], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert not lone.features(x.requires_grad_())[0].requires_grad
     check_features(lone, "hypercolumn")
     assert lone.backbone.digest.tolist() == list(
         hashlib.sha256((tmp_path / "out" / "model.onnx").read_bytes()).digest()
@@ -171,6 +182,18 @@ def test_torch_export_for_any_batch_and_size(tmp_path):
             expected = [*encoder.features(x), encoder.embed(x)]
             for a, b in zip(program(x), expected, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_of_windows_it_is_told_that_a_graph_takes_long(monkeypatch):
+    def give_up(*_, **__):
+        raise RuntimeError("given up")
+
+    monkeypatch.setattr("torch.export.export", give_up)
+    with pytest.warns(UserWarning, match="windows"), pytest.raises(ValueError, match="given up"):
+        export_program(create_encoder("swin_tiny_patch4_window7_224"))
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="given up"):
+        warnings.simplefilter("error")
+        export_program(create_encoder("test_vit"))
 
 
 def test_hub_folder_and_torch_hub(tmp_path, images, monkeypatch):
@@ -269,11 +292,14 @@ def test_the_command_and_its_refusals(tmp_path, capsys, monkeypatch):
     assert main(["export", encoder, "--to", "timm", out]) == 0
     assert "timm, photograph (1 x 3 x 224 x 256): largest error 0.0e+00" in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "onnxscript", None)
+    tiles = create_tile_encoder("random:resnet18", ["red", "green", "blue"])
+    save_tile_encoder(tiles, tmp_path / "tiles")
     for arguments, message in [
         ([encoder, "--to", "timm", out], "out is there already"),
         ([encoder, "--to", "torchvision", f"{out}2"], "no such ResNet as test_resnet; it has res"),
         ([encoder, "--to", "timm", f"{out}2", "--push", "a/b"], "--push goes with --to hub"),
-        (["handmade", "--to", "timm", f"{out}2"], "handmade is no timm backbone"),
+        (["handmade", "--to", "timm", f"{out}2"], "handmade is no timm backbone of 3"),
+        ([str(tmp_path / "tiles"), "--to", "timm", f"{out}2"], "is an encoder of tiles"),
         ([str(tmp_path / "x"), "--to", "timm", f"{out}2"], r"config.json is missing"),
         ([encoder, "--to", "onnx", f"{out}2"], "pip install 'ssl-flow[onnx]'"),
     ]:

@@ -3,9 +3,11 @@
 import argparse
 import contextlib
 import pickle
+import re
 import shutil
 from pathlib import PurePosixPath
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -137,10 +139,12 @@ def test_torchvisions_state_dict_by_torchvision_and_by_timm(tmp_path):
 def _dino_training_file(path, teacher, **args):
     student = _network("test_vit", seed=2, num_classes=0)
     head = {"head.mlp.0.weight": torch.zeros(2, 2), "head.last_layer.weight_g": torch.ones(2)}
+    optimizer = torch.optim.AdamW(student.parameters())
+    optimizer.param_groups[0]["lr"] = np.linspace(0, 1, 5)[1]  # of DINO's cosine_scheduler
     content = {
         "student": {f"module.{n}": t for n, t in (_under("backbone.", student) | head).items()},
         "teacher": _under("backbone.", teacher) | head,
-        "optimizer": torch.optim.AdamW(student.parameters()).state_dict(),
+        "optimizer": optimizer.state_dict(),
         "epoch": 100,
         "args": argparse.Namespace(arch="vit_small", lr=0.0005, **args),
         "dino_loss": {"center": torch.zeros(1, 8)},
@@ -149,7 +153,7 @@ def _dino_training_file(path, teacher, **args):
 
 
 def test_dinos_training_file_gives_its_teacher(tmp_path):
-    """Laid out as DINO's main_dino.py saves it: an argparse.Namespace among the tensors."""
+    """Laid out as DINO's main_dino.py saves it: an argparse.Namespace and NumPy's numbers, too."""
     teacher = _network("test_vit", num_classes=0)
     _dino_training_file(tmp_path / "checkpoint.pth", teacher)
     encoder = load_encoder(f"timm:test_vit@{tmp_path / 'checkpoint.pth'}")
@@ -176,11 +180,12 @@ def test_mocos_checkpoint_gives_its_query_encoder(tmp_path):
 
 
 def test_dinov2s_release_and_training_file(tmp_path):
-    """A mask token beside timm's names; in training files, blocks in chunks (blocks.0.3.)."""
+    """A mask token beside timm's names; in training files, blocks in chunks (blocks.1.3.)."""
     network = _network("vit_small_patch14_dinov2", num_classes=0, img_size=70)
     release = network.state_dict() | {"mask_token": torch.zeros(1, 384)}
     torch.save(release, tmp_path / "release.pth")
-    chunked = {n.replace("blocks.", "blocks.0."): t for n, t in release.items()}
+    chunked = {re.sub(r"^blocks\.(\d+)", lambda m: f"blocks.{int(m[1]) // 3}.{m[1]}", n): t
+               for n, t in release.items()}  # fmt: skip
     torch.save({"teacher": {f"backbone.{n}": t for n, t in chunked.items()}}, tmp_path / "t.pth")
     for name in ("release.pth", "t.pth"):
         encoder = load_encoder(f"timm:vit_small_patch14_dinov2@{tmp_path / name}")
