@@ -24,7 +24,7 @@ from ssl_flow.evaluation.embedding_pictures import (
     shown_frames,
 )
 from ssl_flow.evaluation.pixel_features import bar, spread
-from ssl_flow.evaluation.refusal import told
+from ssl_flow.evaluation.refusal import run_command
 from ssl_flow.flow.shard import replacing, write_atomically
 from ssl_flow.models import load_encoder, pick_device
 
@@ -66,9 +66,7 @@ class ShowEmbeddingCommand:
 
 def show_embedding_command(argv: Sequence[str]) -> int:
     """Run `ssl-flow show embedding`; returns the exit code: 0, or 2 for input it cannot use."""
-    prog = "ssl-flow show embedding"
-    command = tyro.cli(ShowEmbeddingCommand, args=list(argv), prog=prog)
-    return told(prog, lambda: _show(command))
+    return run_command("ssl-flow show embedding", ShowEmbeddingCommand, argv, _show)
 
 
 def _show(command: ShowEmbeddingCommand) -> str:

@@ -25,6 +25,7 @@ from ssl_flow.data.labelled import read_image
 from ssl_flow.data.segmentation import Labelled
 from ssl_flow.evaluation.pictures import fit_colors, palette, strip
 from ssl_flow.evaluation.pixel_features import bar, estimate_on, image_levels, project_levels
+from ssl_flow.evaluation.refusal import import_extra
 from ssl_flow.evaluation.suite_pictures import joint_maps
 from ssl_flow.flow import FlowStore, optical_flow
 from ssl_flow.flow.codec import flow_to_rgb
@@ -167,12 +168,8 @@ def fit_look(
 
 def load_clustering() -> Any:  # noqa: ANN401 (a module)
     """sklearn.cluster; ImportError, with what to do, without scikit-learn."""
-    try:
-        import sklearn.cluster
-    except ImportError as error:
-        text = "groups need scikit-learn: pip install 'ssl-flow[eval]', or --groups 0"
-        raise ImportError(text) from error
-    return sklearn.cluster
+    text = "groups need scikit-learn: pip install 'ssl-flow[eval]', or --groups 0"
+    return import_extra("sklearn.cluster", text)
 
 
 def draw(encoder: Encoder, shown: Shown, look: Look, tile: tuple[int, int]) -> np.ndarray:

@@ -67,13 +67,14 @@ def cache_features(
             if not all(torch.linalg.vector_norm(x, math.inf).isfinite() for x in halves):
                 raise ValueError(f"features of {item.name} exceed float16's range (65504)")
             data = save({str(k): x for k, x in enumerate(halves)})
-            need, free = len(data) * len(missing), shutil.disk_usage(place).free
-            if index == missing[0] and need > free:
-                raise ValueError(
-                    f"the features of {len(missing)} more images need about {need / 2**30:.1f} GiB,"
-                    f" and {place} has {free / 2**30:.1f} GiB left: use another folder, or features"
-                    " of one level"
-                )
+            if index == missing[0]:
+                need, free = len(data) * len(missing), shutil.disk_usage(place).free
+                if need > free:
+                    raise ValueError(
+                        f"the features of {len(missing)} more images need about "
+                        f"{need / 2**30:.1f} GiB, and {place} has {free / 2**30:.1f} GiB left: "
+                        "use another folder, or features of one level"
+                    )
             write_atomically(files[index], data)
     return files
 

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from ssl_flow.evaluation.embedding_pictures import pixel_maps
 from ssl_flow.evaluation.pixel_features import frozen, project_levels
+from ssl_flow.evaluation.refusal import import_extra
 from ssl_flow.models.encoder import Encoder, device_of
 
 METHODS = ("similarity", "cam", "grad-cam", "grad-cam++", "guided-backprop", "deconvolution")
@@ -168,12 +169,7 @@ class _Classifier(nn.Module):
 
 
 def _captum() -> Any:  # noqa: ANN401 (a module)
-    try:
-        import captum.attr
-    except ImportError as error:
-        text = "this method needs captum: pip install 'ssl-flow[heatmap]'"
-        raise ImportError(text) from error
-    return captum.attr
+    return import_extra("captum.attr", "this method needs captum: pip install 'ssl-flow[heatmap]'")
 
 
 def _input(encoder: Encoder, image: np.ndarray) -> Tensor:

@@ -23,7 +23,7 @@ from ssl_flow.evaluation.heatmap import (
     similarity,
 )
 from ssl_flow.evaluation.linear_head import Head, open_head, save_head
-from ssl_flow.evaluation.refusal import told
+from ssl_flow.evaluation.refusal import run_command
 from ssl_flow.flow.shard import write_atomically
 from ssl_flow.models import load_encoder, pick_device
 
@@ -61,9 +61,7 @@ class ShowHeatmapCommand:
 
 def show_heatmap_command(argv: Sequence[str]) -> int:
     """Run `ssl-flow show heatmap`; returns the exit code: 0, or 2 for input it cannot use."""
-    prog = "ssl-flow show heatmap"
-    command = tyro.cli(ShowHeatmapCommand, args=list(argv), prog=prog)
-    return told(prog, lambda: _show(command))
+    return run_command("ssl-flow show heatmap", ShowHeatmapCommand, argv, _show)
 
 
 def _show(command: ShowHeatmapCommand) -> str:

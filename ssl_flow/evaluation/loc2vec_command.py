@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 from ssl_flow.data.georeference import great_circle
 from ssl_flow.data.open_map import open_map_spec
 from ssl_flow.evaluation.feature_cache import encoder_digest
 from ssl_flow.evaluation.loc2vec import embed_tiles, files_of, load_judged
-from ssl_flow.evaluation.refusal import told
+from ssl_flow.evaluation.refusal import run_command
 from ssl_flow.flow.shard import write_atomically
 from ssl_flow.models import pick_device
 
@@ -67,14 +66,12 @@ class Neighbours:
 
 def embed_command(argv: list[str]) -> int:
     """Run `ssl-flow loc2vec embed`; 2 for bad input, told on stderr."""
-    command = tyro.cli(Embed, args=argv, prog="ssl-flow loc2vec embed")
-    return told("ssl-flow loc2vec embed", lambda: _embed(command))
+    return run_command("ssl-flow loc2vec embed", Embed, argv, _embed)
 
 
 def neighbours_command(argv: list[str]) -> int:
     """Run `ssl-flow loc2vec neighbours`; 2 for bad input, told on stderr."""
-    command = tyro.cli(Neighbours, args=argv, prog="ssl-flow loc2vec neighbours")
-    return told("ssl-flow loc2vec neighbours", lambda: _neighbours(command))
+    return run_command("ssl-flow loc2vec neighbours", Neighbours, argv, _neighbours)
 
 
 def _embed(command: Embed) -> None:
