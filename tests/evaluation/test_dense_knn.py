@@ -57,10 +57,10 @@ def cell_noise(seed, count=4, size=20):
     return np.random.default_rng(seed + 9).integers(0, 255, (count, size, size, 3), np.uint8)
 
 
-@pytest.mark.parametrize(("rows", "block"), [(1000, 100), (7, 3), (64, 1)])
+@pytest.mark.parametrize(("rows", "block"), [(1000, 100), (7, 3), (64, 1), (600, 4)])
 def test_nearest_in_blocks_is_topk_of_all_products(rows, block):
     generator = torch.Generator().manual_seed(0)
-    memory, queries = (torch.randn(n, 5, generator=generator) for n in (64, 10))
+    memory, queries = (torch.randn(n, 5, generator=generator) for n in (1111, 10))
     products, indices = nearest(memory.half(), queries, 6, rows, block)
     expected = (queries.double() @ memory.half().double().T).topk(6)
     assert torch.equal(indices, expected.indices)
