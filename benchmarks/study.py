@@ -263,16 +263,14 @@ def train(options: argparse.Namespace) -> tuple[list[Path], int]:
         other = other if options.ema else embedding
         flip = windows[0].flip
         # Pixels of the crop -> of the frame, with a flip undone: one unit for both views.
-        scale = (
-            boxes[:, 2:] / options.crop * torch.stack([1 - 2.0 * flip, torch.ones(len(flip))], 1)
-        )
+        scale = boxes[:, 2:] / side * torch.stack([1 - 2.0 * flip, torch.ones(len(flip))], 1)
         other = other.roll(half, 0)
         loss = terms.flow_terms(embedding, other, pairs[0], scale)
         for pair in pairs[1:]:
             loss = loss + terms.flow_terms(embedding, other, pair, scale)
         loss = loss / len(pairs)
         if options.views == 2:
-            at = same_places(boxes, flip, options.crop // 4)
+            at = same_places(boxes, flip, side // 4)
             loss = loss + terms.image_terms(embedding, other, at)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,10 @@ class LinearProbe(Settings):
     name: ClassVar[str] = "linear-probe"
     may_be_zero: ClassVar[tuple[str, ...]] = ("weight_decay",)
     features: str = "hypercolumn"  # all levels; or embedding, or stage1 (finest), stage2, ...
-    pixels_per_image: int = 1024  # labelled pixels drawn uniformly from each training image
+    pixels_per_image: int = 1024  # labelled pixels drawn from each training image
+    # uniform; or balanced: equally many of each class in the image, as far as it has them. A probe
+    # of uniform pixels seldom says a class that is rare, as the foreground of DAVIS is.
+    draw: Literal["uniform", "balanced"] = "uniform"
     cache_gib: float = 1.0  # memory for their float16 features; when short, fewer are drawn
     batch_pixels: int = 4096  # pixels per optimisation step
     steps: int = 1000  # optimisation steps
@@ -106,7 +109,10 @@ def _collect(
             slots = torch.randperm(len(features), generator=generator).to(labels)
         mask = torch.from_numpy(item.mask)
         rows, columns = (mask != IGNORE).nonzero(as_tuple=True)
-        chosen = torch.randperm(len(rows), generator=generator)[:limit]
+        order = torch.randperm(len(rows), generator=generator)
+        if protocol.draw == "balanced":
+            order = order[_rank_in_class(mask[rows, columns][order].long()).argsort(stable=True)]
+        chosen = order[:limit]
         rows, columns = rows[chosen], columns[chosen]
         sampled = sample_levels([x[0] for x in levels], strides, rows, columns).half()
         if not sampled.isfinite().all():
@@ -118,6 +124,15 @@ def _collect(
     if filled < len(features):  # some image has fewer labelled pixels than the limit
         features, labels = features[labels >= 0], labels[labels >= 0]
     return features, labels, limit
+
+
+def _rank_in_class(labels: Tensor) -> Tensor:
+    """How many of the same class come before each of the labels (N,) int64."""
+    by_class, counts = labels.argsort(stable=True), labels.bincount()
+    first = counts.cumsum(0) - counts
+    rank = torch.empty_like(labels)
+    rank[by_class] = torch.arange(len(labels)) - first[labels[by_class]]
+    return rank
 
 
 @torch.enable_grad()

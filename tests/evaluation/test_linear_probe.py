@@ -10,6 +10,7 @@ from torch import nn
 from ssl_flow.evaluation import LinearProbe, estimate_batchnorm, linear_probe, run_linear_probe
 from ssl_flow.evaluation.pixel_features import (
     estimate_on,
+    image_levels,
     normalized_batches,
     project_levels,
     sample_levels,
@@ -113,6 +114,32 @@ def test_seeds_and_options_change_something():
         assert other.scores["miou"] != base.scores["miou"]
     assert run(batch_images=1).scores["miou"] == pytest.approx(base.scores["miou"], abs=1e-3)
     assert run(cache_gib=6 * 10 * 12 / 2**30).details["pixels_per_image"] == 10  # 6 x 6 float16
+
+
+def test_balanced_draws_equally_many_of_each_class_as_far_as_an_image_has_them():
+    mask = np.zeros((2, 24, 24), np.uint8)
+    mask[0, :4, :5], mask[0, 5] = 1, 2  # 20 and 24 pixels; the other image has one class
+    mask[1, :12] = 255
+    encoder, protocol = FakeEncoder((1,)).eval(), LinearProbe(pixels_per_image=66, draw="balanced")
+    found = image_levels(encoder, label_set(mask), "hypercolumn")
+    draw = torch.Generator().manual_seed(0)
+    features, labels, _ = linear_probe._collect(found, 2, protocol, draw)
+    assert labels.bincount().tolist() == [23 + 66, 20, 23]
+    assert torch.equal(features.argmax(1), labels)  # the picture shows the class
+
+
+def test_a_rare_class_is_said_more_often_by_a_balanced_probe():
+    """What is seen is the class or, as often among the common one, the like of the rare one."""
+    rng = np.random.default_rng(0)
+    labels = (rng.random((6, 24, 24)) < 0.05).astype(np.uint8)
+    seen = np.where(rng.random(labels.shape) < 0.1, 1, labels)
+    data = label_set(labels, (np.eye(256, 3, dtype=np.uint8) * 255)[seen], classes=2)
+    uniform, balanced = (
+        run_linear_probe(FakeEncoder((1,)), data, data, replace(QUICK, draw=draw)).per_class
+        for draw in ("uniform", "balanced")
+    )
+    assert uniform["class1"] == 0
+    assert balanced["class1"] == pytest.approx(labels.sum() / seen.sum())
 
 
 def test_images_of_different_sizes_and_examples():
