@@ -40,7 +40,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         store = options.store or Path(scratch, "store")
         if options.store is None:
-            extract(synthetic_sources(), store, progress=False)
+            extract(synthetic_sources(8, seed=0), store, method="dis", size=256, gap=0.1)
         for name in preset_files():
             config = load_config(name)
             if config.data.store.startswith("map:"):
