@@ -70,7 +70,7 @@ def held_out(
     with frozen(encoder):
         for name, items in sequences.items():
             found = image_levels(encoder, items, protocol.features)
-            # float16 as in the feature cache: 680 frames of DAVIS in float32 are many gigabytes
+            # float16 as in the feature cache: half the memory
             seen[name] = [(item, [x.half() for x in maps], s) for item, maps, s in found]
     tables = []
     for name, judged in seen.items():

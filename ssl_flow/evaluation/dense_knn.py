@@ -158,7 +158,7 @@ def nearest(
 
 
 def _largest(products: Tensor, k: int, group: int = 64) -> tuple[Tensor, Tensor]:
-    """`topk` of (Q, M) along its rows, k at most M, with less sorting.
+    """`topk` of (Q, M) along its rows, of all M where they are fewer than k, with less sorting.
 
     What is among the k largest lies in one of the k groups of columns with the largest maxima.
     """
@@ -168,7 +168,7 @@ def _largest(products: Tensor, k: int, group: int = 64) -> tuple[Tensor, Tensor]
     grouped = products[:, : count * group].unflatten(1, (count, group))
     groups = grouped.amax(2).topk(k, dim=1).indices
     columns = torch.arange(products.shape[1], device=products.device)
-    inside = columns[: count * group].view(count, group)[groups].flatten(1)  # (Q, k * group)
+    inside = (groups[:, :, None] * group + columns[:group]).flatten(1)  # (Q, k * group)
     rest = columns[count * group :].expand(len(products), -1)
     chosen = torch.cat([inside, rest], dim=1)
     top, order = products.gather(1, chosen).topk(k, dim=1)
