@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ssl_flow.data.davis import open_videos
 from ssl_flow.data.segmentation import Labelled
-from ssl_flow.evaluation.linear_probe import LinearProbe, _collect, _fit
+from ssl_flow.evaluation.linear_probe import LinearProbe, draw_pixels, fit_probe
 from ssl_flow.evaluation.metrics import ConfusionMatrix
 from ssl_flow.evaluation.pixel_features import estimate_on, frozen, image_levels, project_levels
 from ssl_flow.models import Encoder, load_encoder
@@ -77,8 +77,8 @@ def held_out(
         learned = [found for other, part in seen.items() if other != name for found in part]
         draw = torch.Generator().manual_seed(0)
         widened = ((item, [x.float() for x in maps], s) for item, maps, s in learned)
-        features, labels, _ = _collect(widened, len(learned), protocol, draw)
-        weight, bias, _ = _fit(features, labels, 2, protocol, draw)
+        features, labels, _ = draw_pixels(widened, len(learned), protocol, draw)
+        weight, bias, _ = fit_probe(features, labels, 2, protocol, draw)
         table = ConfusionMatrix(2)
         with torch.inference_mode():
             for item, maps, strides in judged:

@@ -32,8 +32,8 @@ from ssl_flow.models import load_encoder
 PARTS = {  # functions of linear_probe.py and feature_cache.py
     "run_linear_probe": "the whole probe",
     "cache_features": "extraction into the cache, or finding it done",
-    "_collect": "drawing training pixels, with their extraction",
-    "_fit": "fitting",
+    "draw_pixels": "drawing training pixels, with their extraction",
+    "fit_probe": "fitting",
 }
 
 

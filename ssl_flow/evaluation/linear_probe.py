@@ -74,8 +74,10 @@ def run_linear_probe(
     walk = protocol.features, protocol.batch_images, cache
     with frozen(encoder):
         found = cached_levels(encoder, train_set, *walk, "train features")
-        features, labels, used = _collect(found, len(train_set), protocol, generator)
-        weight, bias, right = _fit(features, labels, len(train_set.classes), protocol, generator)
+        features, labels, used = draw_pixels(found, len(train_set), protocol, generator)
+        weight, bias, right = fit_probe(
+            features, labels, len(train_set.classes), protocol, generator
+        )
         del features
         with torch.inference_mode():
             for item, levels, strides in cached_levels(encoder, test_set, *walk, "test"):
@@ -86,7 +88,7 @@ def run_linear_probe(
     )
 
 
-def _collect(
+def draw_pixels(
     found: Iterable[tuple[Labelled, list[Tensor], list[int]]],
     images: int,
     protocol: LinearProbe,
@@ -94,7 +96,9 @@ def _collect(
 ) -> tuple[Tensor, Tensor, int]:
     """Features (N, C) float16 and labels (N,) of the sampled pixels, and the pixels per image.
 
+    `found` holds (image, levels (1, C_i, H_i, W_i), strides) of each of the `images` images.
     Rows are in random order, so that a batch is a slice: gathering rows costs more than a step.
+    ValueError: a feature beyond float16.
     """
     features, labels, slots = torch.empty(0), torch.empty(0), torch.empty(0)
     limit, filled = 0, 0
@@ -136,7 +140,7 @@ def _rank_in_class(labels: Tensor) -> Tensor:
 
 
 @torch.enable_grad()
-def _fit(
+def fit_probe(
     features: Tensor,
     labels: Tensor,
     classes: int,

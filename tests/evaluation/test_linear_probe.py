@@ -123,7 +123,7 @@ def test_balanced_draws_equally_many_of_each_class_as_far_as_an_image_has_them()
     encoder, protocol = FakeEncoder((1,)).eval(), LinearProbe(pixels_per_image=66, draw="balanced")
     found = image_levels(encoder, label_set(mask), "hypercolumn")
     draw = torch.Generator().manual_seed(0)
-    features, labels, _ = linear_probe._collect(found, 2, protocol, draw)
+    features, labels, _ = linear_probe.draw_pixels(found, 2, protocol, draw)
     assert labels.bincount().tolist() == [23 + 66, 20, 23]
     assert torch.equal(features.argmax(1), labels)  # the picture shows the class
 
