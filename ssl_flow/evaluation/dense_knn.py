@@ -145,10 +145,14 @@ def nearest(
     Returns products (Q, k), largest first, and the rows (Q, k) of the memory that they are with.
     """
     found = []
+    # One buffer for all: memory that is new each time costs a CPU more than few channels' products.
+    buffer = queries.new_empty(min(block, len(queries)), min(rows, len(memory)))
     for some in queries.split(block):
         best, index = some.new_empty(len(some), 0), torch.empty_like(some[:, :0], dtype=torch.long)
         for start in range(0, len(memory), rows):
-            top, where = _largest(some @ memory[start : start + rows].to(some.dtype).T, k)
+            part = memory[start : start + rows].to(some.dtype)
+            products = torch.mm(some, part.T, out=buffer[: len(some), : len(part)])
+            top, where = _largest(products, k)
             best, index = torch.cat([best, top], 1), torch.cat([index, where + start], 1)
             best, order = best.topk(min(k, best.shape[1]), dim=1)
             index = index.gather(1, order)
