@@ -172,7 +172,8 @@ def main() -> None:
         action="store_true",
         help="of this process, for busy machines, with --threads 1; does not see waits for data",
     )
-    parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True)
+    amp = argparse.BooleanOptionalAction
+    parser.add_argument("--amp", action=amp, help="bfloat16; default: where training takes it")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batches", type=int, default=3, help="of each loop a round")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -187,6 +188,8 @@ def main() -> None:
     for name, values in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, values[cuda])
+    if options.amp is None:
+        options.amp = amp_type(Config(), torch.device(options.device)) == torch.bfloat16
     if options.threads:
         torch.set_num_threads(options.threads)
     cv2.setNumThreads(1)

@@ -151,8 +151,8 @@ def nearest(
         best, index = some.new_empty(len(some), 0), torch.empty_like(some[:, :0], dtype=torch.long)
         for start in range(0, len(memory), rows):
             part = memory[start : start + rows].to(some.dtype)
-            products = torch.mm(some, part.T, out=buffer[: len(some), : len(part)])
-            top, where = _largest(products, k)
+            inner = torch.mm(some, part.T, out=buffer[: len(some), : len(part)])
+            top, where = _largest(inner, k)
             best, index = torch.cat([best, top], 1), torch.cat([index, where + start], 1)
             best, order = best.topk(min(k, best.shape[1]), dim=1)
             index = index.gather(1, order)
