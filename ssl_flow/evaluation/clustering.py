@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ssl_flow.data.segmentation import IGNORE, SegmentationSet
 from ssl_flow.evaluation.metrics import ConfusionMatrix, SegmentationScores
@@ -38,6 +39,8 @@ from ssl_flow.evaluation.pixel_features import (
     shrink_mask,
 )
 from ssl_flow.models.encoder import Encoder
+
+_KEPT_BYTES = 2**30  # of features between the two passes; what is more is computed twice
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,13 @@ def run_clustering(
     ks = len(test_set.classes), protocol.overclusters
     limit = -(-protocol.patches_per_cluster * max(ks) // len(test_set))  # of an image, to fit on
     generator, drawn = torch.Generator().manual_seed(seed), []
+    masks: list[np.ndarray] = []
+    kept: list[tuple[Tensor, int]] = []  # the second pass takes them, if all of them fit
     with frozen(encoder):
-        for _, patches, _ in image_features(encoder, test_set, protocol, "sample"):
+        for item, patches, stride in image_features(encoder, test_set, protocol, "sample"):
+            masks.append(_small_mask(item.mask, protocol))
+            if patches.nbytes * len(test_set) <= _KEPT_BYTES:
+                kept.append((patches.cpu(), stride))
             features = patches.flatten(1).T
             chosen = torch.randperm(len(features), generator=generator)[:limit]
             drawn.append(features[chosen.to(features.device)].cpu().numpy())
@@ -96,11 +104,13 @@ def run_clustering(
         tables = [np.zeros((ks[0], run.n_clusters), np.int64) for run in runs]
         clusters, lookup = [], np.empty(0, np.int64)
         pixels = np.arange(protocol.mask_size) * protocol.image_size // protocol.mask_size
-        for item, patches, stride in image_features(encoder, test_set, protocol, "assign"):
+        again = kept or (
+            found[1:] for found in image_features(encoder, test_set, protocol, "assign")
+        )
+        for mask, (patches, stride) in zip(masks, again, strict=True):
             reduced = reduction.transform(patches.flatten(1).T.cpu().numpy())
             found = np.stack([run.predict(reduced) for run in runs])
             lookup = (pixels // stride)[:, None] * patches.shape[2] + pixels // stride
-            mask = _small_mask(item.mask, protocol)
             for table, labels in zip(tables, found[:, lookup], strict=True):
                 np.add.at(table, (mask[mask != IGNORE], labels[mask != IGNORE]), 1)
             clusters.append(found[: protocol.runs].astype(np.uint8))
@@ -109,8 +119,7 @@ def run_clustering(
     same, over = np.split(np.array(mious), 2)
     shown = int(np.argsort(same)[(len(same) - 1) // 2])
     scores = [SegmentationScores(test_set) for _ in same]
-    for item, found in zip(test_set, clusters, strict=True):
-        mask = _small_mask(item.mask, protocol)
+    for item, mask, found in zip(test_set, masks, clusters, strict=True):
         for one, match, labels in zip(scores, matches[: len(found)], found, strict=True):
             one.add(item, match[labels][lookup], mask)
     outcome = scores[shown].outcome(

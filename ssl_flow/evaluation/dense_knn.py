@@ -18,6 +18,7 @@ class 0); scored at the mask's own resolution (theirs: at 512 x 512).
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -26,10 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_flow.data.segmentation import IGNORE, SegmentationSet
+from ssl_flow.data.segmentation import IGNORE, Labelled, SegmentationSet
 from ssl_flow.evaluation.metrics import SegmentationScores
 from ssl_flow.evaluation.outcome import Outcome, Settings
 from ssl_flow.evaluation.pixel_features import (
+    best_class,
     check_input,
     frozen,
     image_features,
@@ -75,18 +77,20 @@ def run_dense_knn(
             index = _faiss_index(features.shape[1])
             for part in features.split(65536):
                 index.add(part.float().cpu().numpy())
-        for item, patches, stride in image_features(encoder, test_set, protocol, "test"):
-            queries = F.normalize(patches.flatten(1).T, dim=1)
-            k = min(protocol.neighbours, len(features))
+        k = min(protocol.neighbours, len(features))
+        for some in _together(image_features(encoder, test_set, protocol, "test")):
+            cells = [patches.flatten(1).T for _, patches, _ in some]
+            queries = F.normalize(torch.cat(cells), dim=1)
             if index is None:
                 cosine, rows = nearest(features, queries, k)
             else:
                 found = index.search(queries.cpu().numpy(), k)
                 cosine, rows = (torch.from_numpy(x).to(queries.device) for x in found)
-            shares = vote(cosine, rows, labels, protocol.temperature)
-            probabilities = shares.T.reshape(1, -1, *patches.shape[1:])
-            full = resize_map(probabilities, stride, item.image.shape[:2], item.mask.shape)
-            scores.add(item, full[0].argmax(0).byte().cpu().numpy())
+            shares = vote(cosine, rows, labels, protocol.temperature).split([len(x) for x in cells])
+            for (item, patches, stride), share in zip(some, shares, strict=True):
+                probabilities = share.T.reshape(1, -1, *patches.shape[1:])
+                full = resize_map(probabilities, stride, item.image.shape[:2], item.mask.shape)
+                scores.add(item, best_class(full[0]).byte().cpu().numpy())
     return scores.outcome(seed=seed, memory=len(features), channels=features.shape[1])
 
 
@@ -118,6 +122,20 @@ def _fill(
     return features[:filled], labels[:filled]
 
 
+def _together(
+    found: Iterable[tuple[Labelled, Tensor, int]], patches: int = 4096
+) -> Iterator[list[tuple[Labelled, Tensor, int]]]:
+    """Consecutive images with so many patches together, since each search reads all the memory."""
+    some: list[tuple[Labelled, Tensor, int]] = []
+    for image in found:
+        some.append(image)
+        if sum(each.shape[1:].numel() for _, each, _ in some) >= patches:
+            yield some
+            some = []
+    if some:
+        yield some
+
+
 def label_counts(mask: np.ndarray, stride: int, cells: tuple[int, int], classes: int) -> Tensor:
     """Pixels of each class (h * w, K) int64 in the (h, w) cells of a mask (H, W), 255 left out."""
     rows, columns = np.nonzero(mask != IGNORE)
@@ -144,21 +162,21 @@ def nearest(
     Exact and in float32, whatever the memory's type; `rows` x `block` products are held at a time.
     Returns products (Q, k), largest first, and the rows (Q, k) of the memory that they are with.
     """
-    found = []
+    best = queries.new_empty(len(queries), 0)
+    index = torch.empty_like(best, dtype=torch.long)
     # One buffer for all: memory that is new each time costs a CPU more than few channels' products.
     buffer = queries.new_empty(min(block, len(queries)), min(rows, len(memory)))
-    for some in queries.split(block):
-        best, index = some.new_empty(len(some), 0), torch.empty_like(some[:, :0], dtype=torch.long)
-        for start in range(0, len(memory), rows):
-            part = memory[start : start + rows].to(some.dtype)
+    for start in range(0, len(memory), rows):
+        part = memory[start : start + rows].to(queries.dtype)
+        found = []
+        for some in queries.split(block):
             inner = torch.mm(some, part.T, out=buffer[: len(some), : len(part)])
-            top, where = _largest(inner, k)
-            best, index = torch.cat([best, top], 1), torch.cat([index, where + start], 1)
-            best, order = best.topk(min(k, best.shape[1]), dim=1)
-            index = index.gather(1, order)
-        found.append((best, index))
-    products, indices = zip(*found, strict=True)
-    return torch.cat(products), torch.cat(indices)
+            found.append(_largest(inner, k))
+        top, where = (torch.cat(each) for each in zip(*found, strict=True))
+        best, index = torch.cat([best, top], 1), torch.cat([index, where + start], 1)
+        best, order = best.topk(min(k, best.shape[1]), dim=1)
+        index = index.gather(1, order)
+    return best, index
 
 
 def _largest(products: Tensor, k: int, group: int = 64) -> tuple[Tensor, Tensor]:

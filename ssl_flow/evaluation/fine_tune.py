@@ -23,6 +23,7 @@ from ssl_flow.evaluation.metrics import SegmentationScores
 from ssl_flow.evaluation.outcome import Outcome, Settings
 from ssl_flow.evaluation.pixel_features import (
     bar,
+    best_class,
     check_input,
     feature_levels,
     image_levels,
@@ -104,7 +105,7 @@ def run_fine_tune(
     with torch.no_grad():  # one image at a time: logits at full resolution are large
         for item, levels, _ in image_levels(model, bar(test_set, "test"), "hypercolumn", 1):
             logits = decoder(levels, item.mask.shape)
-            scores.add(item, logits[0].argmax(0).byte().cpu().numpy())
+            scores.add(item, best_class(logits[0]).byte().cpu().numpy())
     parameters = sum(p.numel() for m in (model, decoder) for p in m.parameters())
     return scores.outcome(seed=seed, train_images=len(train_set), loss=loss, parameters=parameters)
 

@@ -23,7 +23,14 @@ from ssl_flow.data.davis import Video
 from ssl_flow.data.labelled import Labelled
 from ssl_flow.evaluation.metrics import EXAMPLES
 from ssl_flow.evaluation.outcome import Outcome, Settings
-from ssl_flow.evaluation.pixel_features import bar, check_features, frozen, image_levels, spread
+from ssl_flow.evaluation.pixel_features import (
+    bar,
+    best_class,
+    check_features,
+    frozen,
+    image_levels,
+    spread,
+)
 from ssl_flow.evaluation.video_metrics import davis_summary, sequence_scores
 from ssl_flow.models.encoder import Encoder
 from ssl_flow.models.head import to_stride
@@ -169,6 +176,6 @@ def _full_resolution(
     labels = to_stride(soft[None], stride, 1)[0, :, : size[0], : size[1]]
     low = labels.amin((1, 2), keepdim=True)
     span = (labels.amax((1, 2), keepdim=True) - low).clamp_min(torch.finfo(soft.dtype).tiny)
-    chosen = ((labels - low) / span).argmax(0).byte().cpu().numpy()
+    chosen = best_class((labels - low) / span).byte().cpu().numpy()
     nearest: np.ndarray = cv2.resize(chosen, full[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
     return nearest

@@ -26,6 +26,7 @@ from ssl_flow.evaluation.metrics import SegmentationScores
 from ssl_flow.evaluation.outcome import Outcome, Settings
 from ssl_flow.evaluation.pixel_features import (
     bar,
+    best_class,
     check_input,
     frozen,
     project_levels,
@@ -82,7 +83,7 @@ def run_linear_probe(
         with torch.inference_mode():
             for item, levels, strides in cached_levels(encoder, test_set, *walk, "test"):
                 logits = project_levels(levels, strides, weight, bias, item.mask.shape)
-                scores.add(item, logits[0].argmax(0).byte().cpu().numpy())
+                scores.add(item, best_class(logits[0]).byte().cpu().numpy())
     return scores.outcome(
         seed=seed, train_accuracy=right, pixels_per_image=used, channels=weight.shape[1]
     )

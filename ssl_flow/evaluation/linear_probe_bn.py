@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ssl_flow.data.segmentation import IGNORE, Labelled
 from ssl_flow.evaluation.linear_probe_plain import Classify
 from ssl_flow.evaluation.outcome import Settings
-from ssl_flow.evaluation.pixel_features import neighbours, resize_image, resize_mask
+from ssl_flow.evaluation.pixel_features import best_class, neighbours, resize_image, resize_mask
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _largest(logits: Tensor, size: tuple[int, ...]) -> Tensor:
         above, below = (logits[:, :, i] * w[:, None] for i, w in zip(near, weights, strict=True))
         strip = (len(rows), size[1])
         wide = F.interpolate(above + below, strip, mode="bilinear", align_corners=False)
-        parts.append(wide[0].argmax(0))
+        parts.append(best_class(wide[0]))
     return torch.cat(parts)
 
 

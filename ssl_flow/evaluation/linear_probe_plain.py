@@ -25,7 +25,12 @@ from torch import Tensor, nn
 
 from ssl_flow.data.segmentation import Labelled
 from ssl_flow.evaluation.outcome import Settings
-from ssl_flow.evaluation.pixel_features import resize_image, resize_mask, shrink_mask
+from ssl_flow.evaluation.pixel_features import (
+    best_class,
+    resize_image,
+    resize_mask,
+    shrink_mask,
+)
 
 Classify = Callable[[np.ndarray, tuple[int, int]], Tensor]
 """(H, W, 3) uint8 and (H', W') -> logits (1, K, H', W') of that image."""
@@ -100,4 +105,5 @@ class PlainProbe(Settings):
         """Classes and mask of a test image, both (target_size, target_size)."""
         size = self.input_size, self.input_size
         logits = classify(resize_image(item.image, size), (self.target_size, self.target_size))
-        return logits[0].argmax(0), shrink_mask(resize_mask(item.mask, size), self.target_size)
+        mask = shrink_mask(resize_mask(item.mask, size), self.target_size)
+        return best_class(logits[0]), mask

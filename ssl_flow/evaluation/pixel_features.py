@@ -285,6 +285,14 @@ def resize_map(
     return F.grid_sample(maps, grid, padding_mode="border", align_corners=False)
 
 
+def best_class(logits: Tensor) -> Tensor:
+    """(K, ...) -> (...): the class with the highest value, the first of equal ones.
+
+    Not argmax: along the first dimension it takes a CPU ten times as long.
+    """
+    return logits.max(0).indices
+
+
 def resize_image(
     image: np.ndarray, size: tuple[int, ...], how: Image.Resampling = Image.Resampling.BILINEAR
 ) -> np.ndarray:

@@ -7,8 +7,10 @@ import torch
 from fakes import FakeEncoder, label_set, masks
 from sklearn.metrics import confusion_matrix, jaccard_score
 
+from ssl_flow.evaluation import clustering
 from ssl_flow.evaluation.clustering import Clustering, _match, _miou, _small_mask, run_clustering
 from ssl_flow.evaluation.intervals import interval_of_outcomes
+from ssl_flow.evaluation.pixel_features import image_features
 
 QUICK = Clustering(image_size=24, mask_size=24, overclusters=6, runs=3, patches_per_cluster=400)
 pytestmark = [
@@ -101,6 +103,22 @@ def test_options_and_seeds_change_something():
                   run(restarts=1), run(patches_per_cluster=5), run(runs=3)):  # fmt: skip
         assert other.scores != base.scores
     assert run(batch_images=1).scores == base.scores
+
+
+def test_features_that_are_too_many_to_keep_are_computed_twice(monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 255, (6, 24, 24, 3), np.uint8)
+    data, passes = label_set(masks(0, 6, cell=3), noise), []
+
+    def counted(*inputs):
+        passes.append(inputs[-1])
+        return image_features(*inputs)
+
+    monkeypatch.setattr(clustering, "image_features", counted)
+    kept = run_clustering(FakeEncoder((2,)), data, data, QUICK)
+    assert passes == ["sample"]
+    monkeypatch.setattr(clustering, "_KEPT_BYTES", 100)
+    assert run_clustering(FakeEncoder((2,)), data, data, QUICK).scores == kept.scores
+    assert passes == ["sample", "sample", "assign"]
 
 
 def test_the_interval_is_that_of_the_mean_over_the_runs():

@@ -4,7 +4,14 @@ import torch
 import torch.nn.functional as F
 from fakes import FakeEncoder, label_set, lying, masks
 
-from ssl_flow.evaluation.dense_knn import DenseKnn, _choose, label_counts, nearest, run_dense_knn
+from ssl_flow.evaluation.dense_knn import (
+    DenseKnn,
+    _choose,
+    _together,
+    label_counts,
+    nearest,
+    run_dense_knn,
+)
 from ssl_flow.evaluation.pixel_features import image_features, resize_map
 
 AS_IT_IS = DenseKnn(image_size=None, features="stage1")
@@ -66,6 +73,13 @@ def test_nearest_in_blocks_is_topk_of_all_products(rows, block):
     assert torch.equal(indices, expected.indices)
     torch.testing.assert_close(products, expected.values.float())
     assert nearest(memory[:4], queries, 6)[0].shape == (10, 4)
+
+
+def test_images_searched_together_lose_none():
+    images = [(i, torch.zeros(2, 3, 5 if i < 3 else 1), 4) for i in range(7)]
+    found = [[i for i, _, _ in some] for some in _together(iter(images), 20)]
+    assert found == [[0, 1], [2, 3, 4], [5, 6]]
+    assert list(_together(iter([]))) == []
 
 
 def test_patches_of_rare_classes_come_first():
