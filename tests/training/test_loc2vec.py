@@ -266,8 +266,10 @@ def points_file(tmp_path, count=9):
     return tmp_path / "points.csv", places
 
 
-@pytest.mark.parametrize("kind", ["csv", "npy"])
+@pytest.mark.parametrize("kind", ["csv", "npy", "parquet"])
 def test_a_vector_for_each_place_and_on_after_a_stop(finished, place, tmp_path, monkeypatch, kind):
+    if kind == "parquet":
+        pytest.importorskip("pyarrow", reason="needs ssl-flow[parquet]")
     points, places = points_file(tmp_path)
     out = tmp_path / f"vectors.{kind}"
     words = ["loc2vec", "embed", "--lonlat", str(points), "--map", str(place), "--encoder",
@@ -294,7 +296,7 @@ def test_a_vector_for_each_place_and_on_after_a_stop(finished, place, tmp_path, 
     encoder, tile_map = load_tile_encoder(finished), open_map(place)
     tiles = [tile_map.cut(x, y, **encoder.tile) for x, y in tile_map.locate(places).tolist()]
     np.testing.assert_allclose(vectors, embed_tiles(encoder, np.stack(tiles)), atol=1e-5)
-    if kind == "csv":
+    if kind != "npy":
         np.testing.assert_allclose(found, places, rtol=1e-8)
     assert list(tmp_path.glob("*.parts")) == []
 
