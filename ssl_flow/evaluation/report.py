@@ -39,8 +39,8 @@ img { max-width: 100% }
 <p>{{ log.summary }}</p>
 {% if problems %}<h2>Problems</h2>
 <ul>{% for problem in problems %}<li>{{ problem }}</li>{% endfor %}</ul>{% endif %}
-<h2>Linear probe</h2>
 {% if rows %}
+<h2>Linear probe</h2>
 <div><table><tr><th>encoder</th><th>mIoU</th><th>pixel accuracy</th><th>runs</th></tr>
 {% for name, row in rows.items() %}<tr><td>{{ name }}</td>
 <td><b>{{ row.miou | cell }}{% if row.miou_std %} ± {{ row.miou_std | cell }}{% endif %}</b></td>
@@ -57,7 +57,9 @@ img { max-width: 100% }
 {% for name in (rows.values() | first).per_class %}<tr><td>{{ name }}</td>
 {%- for row in rows.values() %}<td>{{ row.per_class[name] | cell }}</td>{% endfor %}</tr>
 {% endfor %}</table></div></details>
-{% else %}<p>No probe in results.json.</p>{% endif %}
+{% elif not on_map %}
+<h2>Linear probe</h2>
+<p>No probe in results.json.</p>{% endif %}
 <h2>Training</h2>
 {% if curves %}<img class="curves" alt="metrics against the step" src="{{ curves }}">
 <p>Thin: as logged, of one batch. Bold: exponential mean. A constant embedding has learned nothing;
@@ -115,6 +117,7 @@ def write_report(run_dir: str | Path) -> Path:
         curves=data_uri(sheet) if sheet else None,
         pictures=[(_CAPTIONS.get(p.stem, p.stem), data_uri(p.read_bytes())) for p in files],
         done=(run / "encoder" / "config.json").exists(),
+        on_map=on_map,
         loader="models.load_tile_encoder" if on_map else "load_encoder",
     )
     report = run / "report.html"

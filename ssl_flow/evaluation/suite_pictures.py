@@ -64,7 +64,7 @@ def hardest(
             columns[label] = found.reshape(len(found), -1).mean(1)
         elif score in outcome.values:
             columns[label] = outcome.values[score]
-    if not columns:
+    if not columns or data.kind == "maps":  # a tile is right or wrong: many are the worst
         return None
     items = next(iter(outcomes.values())).items
     mean = np.mean(list(columns.values()), axis=0)

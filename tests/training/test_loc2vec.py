@@ -99,7 +99,8 @@ def test_a_run_folder_holds_what_one_of_flow_does(finished, place):
     assert encoder.channels == ["forest", "path"]
     tile = open_map(place).cut(300, 300, **encoder.tile)
     assert encoder(encoder.normalize(torch.from_numpy(tile[None]))).shape == (1, 16)
-    assert "load_tile_encoder" in (finished / "report.html").read_text()
+    page = (finished / "report.html").read_text()
+    assert "load_tile_encoder" in page and "Linear probe" not in page
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(finished, place, tmp_path, monkeypatch):
@@ -220,7 +221,7 @@ def test_the_command_judges_trained_random_and_floor(finished, place, tmp_path, 
         assert f"home_mine_{kind}.png" in names
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/") == len(names) + 1  # and that of the intervals
-    assert "failed:" not in page
+    assert "failed:" not in page and "Hardest" not in page
     assert "what each dimension" in page.lower()
 
 
