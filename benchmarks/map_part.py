@@ -21,13 +21,17 @@ def cut_rows(folder: Path, first: int, last: int, out: Path) -> None:
     ValueError for another projection or rows that the map has not.
     """
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    if not {"lat_top", "lat_bottom", "pixels_per_degree"} <= meta.keys():
-        raise ValueError(f"{folder / 'meta.json'} is not of an equirectangular map")
+    if missing := {"lat_top", "pixels_per_degree", "height", "images"} - meta.keys():
+        raise ValueError(
+            f"{folder / 'meta.json'} lacks {', '.join(sorted(missing))}: an equirectangular map of "
+            "pictures has them, see docs/maps.md"
+        )
     if not 0 <= first < last <= meta["height"]:
-        raise ValueError(f"rows {first} to {last} of {meta['height']}")
+        height = meta["height"]
+        raise ValueError(f"rows {first} to {last} of {height}: give 0 <= FIRST < LAST <= {height}")
     out.mkdir(parents=True)
     kept = {Path(name).stem + ".png": text for name, text in meta["images"].items()}
-    for name in [*meta["images"], *meta["labels"]]:
+    for name in [*meta["images"], *meta.get("labels", {})]:
         with Image.open(folder / name) as image:
             part = image.crop((0, first, image.width, last))
             part.save(out / f"{Path(name).stem}.png")

@@ -39,8 +39,8 @@ img { max-width: 100% }
 <p>{{ log.summary }}</p>
 {% if problems %}<h2>Problems</h2>
 <ul>{% for problem in problems %}<li>{{ problem }}</li>{% endfor %}</ul>{% endif %}
+{% if not on_map %}<h2>Linear probe</h2>{% endif %}
 {% if rows %}
-<h2>Linear probe</h2>
 <div><table><tr><th>encoder</th><th>mIoU</th><th>pixel accuracy</th><th>runs</th></tr>
 {% for name, row in rows.items() %}<tr><td>{{ name }}</td>
 <td><b>{{ row.miou | cell }}{% if row.miou_std %} ± {{ row.miou_std | cell }}{% endif %}</b></td>
@@ -57,9 +57,7 @@ img { max-width: 100% }
 {% for name in (rows.values() | first).per_class %}<tr><td>{{ name }}</td>
 {%- for row in rows.values() %}<td>{{ row.per_class[name] | cell }}</td>{% endfor %}</tr>
 {% endfor %}</table></div></details>
-{% elif not on_map %}
-<h2>Linear probe</h2>
-<p>No probe in results.json.</p>{% endif %}
+{% elif not on_map %}<p>No probe in results.json.</p>{% endif %}
 <h2>Training</h2>
 {% if curves %}<img class="curves" alt="metrics against the step" src="{{ curves }}">
 <p>Thin: as logged, of one batch. Bold: exponential mean. A constant embedding has learned nothing;
