@@ -11,7 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from ssl_flow.evaluation.intervals import Interval, better, interval_of_outcomes
+from ssl_flow.evaluation.intervals import (
+    Interval,
+    better,
+    interval_of_difference,
+    interval_of_outcomes,
+)
+from ssl_flow.evaluation.outcome import Outcome
 from ssl_flow.evaluation.protocols import Data
 from ssl_flow.evaluation.suite import Cell
 
@@ -19,7 +25,8 @@ NOTE = (
     "Brackets: 95 % bootstrap interval over the test images (or sequences, pairs, as said below "
     "a table), which are taken as independent; where they are frames of one video, or few, "
     "it is too narrow. ±: standard deviation over runs. Bold: the best value. One encoder is "
-    "called better than another only where neither their intervals nor their runs overlap."
+    "called better than another only where neither their intervals nor their runs overlap. "
+    "Differences are paired, of the same draws of test images, and so have narrower intervals."
 )
 
 
@@ -34,6 +41,7 @@ def tables(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 def _table(data: Data, cells: list[Cell]) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     headlines: dict[str, Interval] = {}
+    found: dict[str, list[Outcome]] = {}
     units, headline = 0, ""
     for label in dict.fromkeys(cell.label for cell in cells):
         mine = [cell for cell in cells if cell.label == label]
@@ -46,10 +54,12 @@ def _table(data: Data, cells: list[Cell]) -> dict[str, Any]:
                 for c in mine
             ],
             "scores": {}, "per_class": {}, "best": False, "better_than": [],
+            "best_less_this": {},
         }  # fmt: skip
         rows.append(row)
         if not outcomes:
             continue
+        found[label] = outcomes
         groups = [data.unit_of(item) for item in outcomes[0].items]
         units, headline = len(set(groups)), next(iter(outcomes[0].scores))
         for name in outcomes[0].scores:
@@ -62,14 +72,21 @@ def _table(data: Data, cells: list[Cell]) -> dict[str, Any]:
             row["scores"][name] = {"value": x.value, "low": low, "high": high, "std": x.spread,
                                    "seeds": list(seeds)}  # fmt: skip
         for name in outcomes[0].per_class:
-            found = [v for outcome in outcomes if (v := outcome.per_class[name]) is not None]
-            row["per_class"][name] = float(np.mean(found)) if found else None
+            known = [v for outcome in outcomes if (v := outcome.per_class[name]) is not None]
+            row["per_class"][name] = float(np.mean(known)) if known else None
     larger = not smaller_is_better(headline)
     best = (max if larger else min)((x.value for x in headlines.values()), default=None)
     for row in (row for row in rows if row["encoder"] in headlines):
         own = headlines[row["encoder"]]
         row["best"] = own.value == best
         row["better_than"] = [k for k, other in headlines.items() if better(own, other, larger)]
+    first = next((row["encoder"] for row in rows if row["best"]), "")
+    for row in (row for row in rows if row["encoder"] in headlines and not row["best"]):
+        for name in row["scores"]:
+            gap = interval_of_difference(found[first], found[row["encoder"]], name, groups)
+            if gap and not math.isnan(gap.low):
+                ends = {"value": gap.value, "low": gap.low, "high": gap.high}
+                row["best_less_this"][name] = ends
     return {"data": data.name, "spec": data.spec, "data_sha256": data.digest, "about": data.about,
             "protocol": cells[0].settings.describe(), "headline": headline, "unit": data.unit,
             "units": units, "rows": rows}  # fmt: skip
@@ -150,12 +167,17 @@ def number(score: dict[str, Any]) -> str:
 
 
 def verdict(table: dict[str, Any]) -> str:
-    """Which encoder is better than which, in a sentence."""
+    """Which encoder is better than which, and how far the best is from each, in two sentences."""
     said = [f"{row['encoder']} is better than {', '.join(row['better_than'])}"
             for row in table["rows"] if row["better_than"]]  # fmt: skip
     if len([row for row in table["rows"] if row["scores"]]) < 2:
         return ""
-    return f"By {pretty(table['headline'])}: {'; '.join(said) or 'no encoder is better'}."
+    headline = table["headline"]
+    text = f"By {pretty(headline)}: {'; '.join(said) or 'no encoder is better'}."
+    gaps = [f"{row['encoder']} {number(row['best_less_this'][headline] | {'std': None})}"
+            for row in table["rows"] if headline in row["best_less_this"]]  # fmt: skip
+    best = next((row["encoder"] for row in table["rows"] if row["best"]), "")
+    return f"{text} {best} less the others, paired: {'; '.join(gaps)}." if gaps else text
 
 
 def settings_text(table: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from ssl_flow.evaluation import intervals
 from ssl_flow.evaluation.intervals import (
     Interval,
     better,
+    interval_of_difference,
     interval_of_mean,
     interval_of_miou,
     interval_of_outcomes,
@@ -186,6 +187,52 @@ def test_outcomes():
     for bad in ([], [outcome(), outcome(items=names[::-1])]):
         with pytest.raises(ValueError, match="not of the same images"):
             interval_of_outcomes(bad, "miou")
+
+
+def _outcome(rng, names, counts=None, values=None):
+    return Outcome({"miou": 0.5, "J": 0.5}, counts, {} if values is None else {"J": values}, names)
+
+
+def test_a_difference_is_of_the_same_draws():
+    """Against loops over the draws of the same seed, of single images and of whole groups."""
+    rng = np.random.default_rng(10)
+    names = [f"{group}/{i}" for i, group in enumerate("abacba")]
+    groups = [name[0] for name in names]
+    members = [[i for i, name in enumerate(groups) if name == group] for group in "abc"]
+    a, b = (_outcome(rng, names, _sums(_images(rng, 6)), rng.random(6)) for _ in range(2))
+    found = interval_of_difference([a], [b], "miou")
+    gaps = []
+    for draw in np.random.default_rng(0).integers(0, 6, (2000, 6)):
+        one, two = (interval_of_miou(x.counts[draw], resamples=1).value for x in (a, b))
+        gaps.append(one - two)
+    assert found.value == pytest.approx(
+        interval_of_miou(a.counts).value - interval_of_miou(b.counts).value
+    )
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(gaps, [0.025, 0.975])))
+    found = interval_of_difference([a], [b], "J", groups)
+    gaps = []
+    for draw in np.random.default_rng(0).integers(0, 3, (2000, 3)):
+        drawn = [i for group in draw for i in members[group]]
+        gaps.append((a.values["J"] - b.values["J"])[drawn].mean())
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(gaps, [0.025, 0.975])))
+    turned = interval_of_difference([b], [a], "J", groups)
+    assert (turned.low, turned.high) == pytest.approx((-found.high, -found.low))
+
+
+def test_a_difference_tells_apart_what_two_intervals_cannot():
+    rng = np.random.default_rng(11)
+    names, hard = list(map(str, range(60))), rng.random(60)  # images differ far more than encoders
+    a = _outcome(rng, names, values=hard + 0.02 + rng.normal(0, 0.01, 60))
+    b = _outcome(rng, names, values=hard)
+    assert not better(interval_of_outcomes([a], "J"), interval_of_outcomes([b], "J"))
+    assert interval_of_difference([a], [b], "J").low > 0
+    again = interval_of_difference([a, a], [b], "J")  # seeds of one row are averaged
+    assert again.low == pytest.approx(interval_of_difference([a], [b], "J").low)
+    assert interval_of_difference([a], [b], "miou") is None  # nothing of single images
+    with pytest.raises(ValueError, match="the two encoders' outcomes are not of the same images"):
+        interval_of_difference([a], [_outcome(rng, names[::-1], values=hard)], "J")
+    one = [_outcome(rng, ["x"], values=np.array([v])) for v in (0.25, 0.5)]
+    assert math.isnan(interval_of_difference(one[:1], one[1:], "J").low)
 
 
 def test_memory_is_linear_in_the_groups():

@@ -90,6 +90,14 @@ def test_better_is_said_only_where_intervals_and_runs_are_apart(data):
     assert rows["gone"]["scores"] == {} and not rows["gone"]["best"]
     text = as_markdown([table])
     assert "By mIoU: good is better than poor." in text and "| **0.978 [" in text
+    # all images alike, so every draw gives the difference itself
+    gap = (90 / 92 + 88 / 90) / 2 - 40 / 42
+    assert rows["poor"]["best_less_this"]["miou"] == pytest.approx(
+        {"value": gap, "low": gap, "high": gap}
+    )
+    assert rows["good"]["best_less_this"] == rows["gone"]["best_less_this"] == {}
+    shown = f"poor {gap:.3f} [{gap:.3f}, {gap:.3f}]; mixed 0.034"
+    assert f"good less the others, paired: {shown}" in text
     assert "1 of 1 failed: MemoryError: none" in text and "Intervals over 4 sequences" in text
     lines = as_csv([table]).splitlines()
     assert lines[1].startswith("fake,dense-knn,1,good,miou,0.97") and lines[1].endswith(",1,poor")
