@@ -33,7 +33,7 @@ class DataConfig:
     metres: float = 200.0
     """Side of a map's tile on the ground."""
     shift: float = 0.5
-    """How far the positive of a triplet may lie from its anchor, in sides of a tile, up to 0.5."""
+    """How far the positive of a triplet may lie from its anchor, in sides of a tile."""
     far: float = 3.0
     """How far a negative has to lie, in sides of a tile."""
     workers: int = 1
@@ -165,7 +165,7 @@ class Config:
             ("data.min_scale", 0 < self.data.min_scale <= 1, "in (0, 1]"),
             ("data.color_jitter", 0 <= self.data.color_jitter <= 1, "in [0, 1]"),
             ("data.metres", self.data.metres > 0, "above 0"),
-            ("data.shift", 0 <= self.data.shift <= 0.5, "in [0, 0.5]"),
+            ("data.shift", self.data.shift >= 0, "at least 0"),
             ("data.far", self.data.far > self.data.shift, "above data.shift"),
             ("train.ema", 0 <= self.train.ema < 1, "in [0, 1)"),
             ("train.warmup", 0 <= self.train.warmup < 1, "in [0, 1)"),

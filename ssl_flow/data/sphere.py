@@ -50,7 +50,7 @@ class SpatialBlocks:
     places more than `buffer` from every train block are judged.
 
     Tiles share no ground if the buffer is the side of a tile times sqrt(2), since they are rotated,
-    plus the largest shift of a positive.
+    plus the largest shift of a judged one.
     """
 
     block: float
@@ -113,7 +113,8 @@ class SpatialBlocks:
 def tile_blocks(metres: float) -> SpatialBlocks:
     """The blocks by which Loc2Vec is trained and judged on tiles of a side of `metres`.
 
-    8 tiles high, with a strip of 2: more than sqrt(2) for rotated tiles and half a tile of shift.
+    8 tiles high, with a strip of 2: more than sqrt(2) for rotated tiles and half a tile by which
+    judged ones are shifted. What is learned from, positives too, has its centre in train blocks.
     Nothing else decides, so an encoder is never judged where it was trained.
     """
     return SpatialBlocks(block=8 * metres, buffer=2 * metres)

@@ -11,6 +11,7 @@ third of a triplet is another place of the batch, far away (`ssl_flow.losses.min
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -41,8 +42,8 @@ class TilePairs(Dataset[TilePair]):
     middle changes what is seen.
 
     The positive's centre is uniform by area in the disk of `shift` metres around the anchor's. It
-    is drawn again where it falls off the map or its tile shows less than `least_content`, and is
-    the anchor's own if all of 100 draws do.
+    is drawn again where it falls off the map, where `allowed` refuses it, or its tile shows less
+    than `least_content`, and is the anchor's own if all of 100 draws do.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class TilePairs(Dataset[TilePair]):
         *,
         shift: float,
         metres: float,
+        allowed: Callable[[np.ndarray], np.ndarray] | None = None,
         drop_layers: float = 0.2,
         color_jitter: float = 0.4,
         least_content: float = 0.05,
@@ -68,6 +70,8 @@ class TilePairs(Dataset[TilePair]):
             side: of a tile in pixels.
             shift: metres between the anchor's and the positive's centre, at most.
             metres: the tile's side on the ground.
+            allowed: (N, 2) pixels -> (N,) bool: where positives may lie, as `centres` do already;
+                None = all over the map. With a split by blocks it keeps them on its side.
             drop_layers: probability for each layer of the positive to be switched off (to 0); one
                 that shows something always stays. Not for the channels of a picture.
             color_jitter: strength of the change of a picture's colours, see `sample_color`.
@@ -86,7 +90,7 @@ class TilePairs(Dataset[TilePair]):
         self.tile_map, self.length, self.side = tile_map, length, side
         self.centres = np.asarray(centres, np.float64)
         self.places = tile_map.lonlat(self.centres)
-        self.shift, self.metres = shift, metres
+        self.shift, self.metres, self.allowed = shift, metres, allowed
         self.drop_layers, self.color_jitter = drop_layers, color_jitter
         self.least_content, self.seed = least_content, seed
         self._turn: tuple[int, np.ndarray] = (-1, np.empty(0, int))  # the last one's order
@@ -119,7 +123,8 @@ class TilePairs(Dataset[TilePair]):
             rotation = rng.uniform(0, 360)
             place = around(rng, self.places[index], self.shift)
             centre = self.tile_map.georeference.pixel(place)
-            if self.tile_map.is_inside(centre[None])[0]:
+            inside = self.tile_map.is_inside(centre[None])[0]
+            if inside and (self.allowed is None or self.allowed(centre[None])[0]):
                 tile = self._tile(centre, rotation)
                 if self.tile_map.content(tile) >= self.least_content:
                     return tile, place

@@ -99,10 +99,10 @@ class TileTask:
         if config.data.start_crop or config.evaluation.every:
             raise ValueError("data.start_crop and evaluation.every are not for maps: set them to 0")
         data, self.tile_map = config.data, open_map_spec(config.data.store)
-        blocks = tile_blocks(data.metres)
+        self.blocks = tile_blocks(data.metres)
         self.centres, _ = self.tile_map.draw_centres(
             PLACES, data.crop, metres=data.metres, rng=np.random.default_rng(config.seed),
-            where=lambda xy: blocks.train(self.tile_map.lonlat(xy)) & self.tile_map.is_land(xy),
+            where=self._learned_from,
         )  # fmt: skip
         sample = self.tile_map.lonlat(self.centres[:256])
         if not far_apart(sample, data.far * data.metres).any(1).all():
@@ -110,6 +110,10 @@ class TileTask:
                 f"{self.tile_map.path} has places without any other that is data.far ({data.far:g})"
                 f" tiles of data.metres ({data.metres:g} m) away: lower one of them"
             )
+
+    def _learned_from(self, xy: np.ndarray) -> np.ndarray:
+        """(N, 2) pixels -> (N,) bool: land in train blocks."""
+        return self.blocks.train(self.tile_map.lonlat(xy)) & self.tile_map.is_land(xy)
 
     def prepare(self, run: Path) -> str:
         """What is learned from, in words."""
@@ -121,8 +125,9 @@ class TileTask:
         data, train = self.config.data, self.config.train
         return TilePairs(
             self.tile_map, self.centres, train.steps * train.batch_size, data.crop,
-            metres=data.metres, shift=data.shift * data.metres, color_jitter=data.color_jitter,
-            drop_layers=data.color_jitter / 2, seed=self.config.seed,
+            metres=data.metres, shift=data.shift * data.metres, allowed=self._learned_from,
+            color_jitter=data.color_jitter, drop_layers=data.color_jitter / 2,
+            seed=self.config.seed,
         )  # fmt: skip
 
     def encoder(self, start: str) -> TileEncoder:

@@ -169,6 +169,27 @@ def test_blocks_keep_what_is_learned_from_away_from_what_is_judged():
     assert great_circle(learned[:, None], judged[None]).min() > 2 * reach
 
 
+def test_a_wide_shift_stays_where_positives_are_allowed():
+    """Three tiles far, but on the learned side of the split, as the anchors are."""
+    tile_map, places = FakeMap(), centres(6000)
+    blocks = SpatialBlocks(block=40_000, buffer=6000, seed=3)
+
+    def allowed(xy):
+        return blocks.train(tile_map.lonlat(xy))
+
+    places = places[allowed(places)]
+    learned = drawn_places(
+        make(places=places, length=500, shift=9000.0, metres=3000.0, allowed=allowed)
+    )
+    assert blocks.train(learned[:, 1]).all()
+    apart = great_circle(learned[:, 0], learned[:, 1])
+    assert apart.max() > 8000 and (apart == 0).mean() < 0.01
+    free = drawn_places(make(places=places, length=500, shift=9000.0, metres=3000.0))
+    assert not blocks.train(free[:, 1]).all()  # else the first assertion would say nothing
+    nowhere = make(length=1, allowed=lambda xy: np.zeros(len(xy), bool))[0]
+    assert torch.equal(nowhere.places[0], nowhere.places[1])
+
+
 def test_errors_say_what_was_expected():
     with pytest.raises(ValueError, match="no places for pairs"):
         make(places=np.empty((0, 2)))

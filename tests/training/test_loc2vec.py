@@ -186,6 +186,14 @@ def test_judged_tiles_share_no_ground_with_those_that_are_learned_from(place):
     assert set(judged.labels["cover"]) == {1, 2}  # unknown is left out
 
 
+def test_positives_of_a_wide_shift_are_learned_from_train_blocks(place, tmp_path):
+    config = load_config("loc2vec")
+    data = replace(config.data, store=f"map:{place}", metres=METRES, crop=SIDE, shift=4.0, far=6.0)
+    pairs = TileTask(replace(config, data=data)).examples(tmp_path)
+    places = np.concatenate([pairs[k].places.numpy() for k in range(200)])
+    assert tile_blocks(METRES).train(places).all()
+
+
 def test_scores_of_encoders_that_know_all_or_nothing(place):
     tile_map = open_map(place)
     constant = run_loc2vec(Oracle(lambda t: torch.zeros(len(t), 2)), tile_map, QUICK)
