@@ -98,10 +98,14 @@ def smaller_is_better(score: str) -> bool:
 
 
 def as_csv(found: Sequence[dict[str, Any]]) -> str:
-    """One line for each set, protocol, encoder and score; the classes' scores are `class NAME`."""
+    """One line for each set, protocol, encoder and score; the classes' scores are `class NAME`.
+
+    `best_less_this`: the score of the best by the headline less this one's, paired.
+    """
     file = io.StringIO()
     columns = ["data", "protocol", "version", "encoder", "score", "value", "low", "high", "std",
-               "runs", "failed", "best", "better_than"]  # fmt: skip
+               "best_less_this", "paired_low", "paired_high", "runs", "failed", "best",
+               "better_than"]  # fmt: skip
     writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     for table in found:
@@ -115,6 +119,9 @@ def as_csv(found: Sequence[dict[str, Any]]) -> str:
             marks = {"best": int(row["best"]), "better_than": "; ".join(row["better_than"])}
             for name, score in (row["scores"] or {headline: {}}).items():
                 mark = marks if score and name == headline else {}
+                if gap := row["best_less_this"].get(name):
+                    ends = {"paired_low": gap["low"], "paired_high": gap["high"]}
+                    mark = mark | {"best_less_this": gap["value"]} | ends
                 writer.writerow(line | {"score": name} | score | mark)
             for name, value in row["per_class"].items():
                 writer.writerow(line | {"score": f"class {name}", "value": value})

@@ -101,7 +101,8 @@ def test_better_is_said_only_where_intervals_and_runs_are_apart(data):
     assert "1 of 1 failed: MemoryError: none" in text and "Intervals over 4 sequences" in text
     lines = as_csv([table]).splitlines()
     assert lines[1].startswith("fake,dense-knn,1,good,miou,0.97") and lines[1].endswith(",1,poor")
-    assert lines[-1].startswith("fake,dense-knn,1,gone,miou,,,,,1,1")
+    assert lines[-1].startswith("fake,dense-knn,1,gone,miou,,,,,,,,1,1")
+    assert f",{gap},{gap},{gap},1,0,0," in next(line for line in lines if ",poor,miou," in line)
 
 
 @pytest.mark.parametrize(
