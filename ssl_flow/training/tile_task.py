@@ -113,7 +113,8 @@ class TileTask:
 
     def _learned_from(self, xy: np.ndarray) -> np.ndarray:
         """(N, 2) pixels -> (N,) bool: land in train blocks."""
-        return self.blocks.train(self.tile_map.lonlat(xy)) & self.tile_map.is_land(xy)
+        learned: np.ndarray = self.blocks.train(self.tile_map.lonlat(xy))
+        return learned & self.tile_map.is_land(xy)
 
     def prepare(self, run: Path) -> str:
         """What is learned from, in words."""
