@@ -113,8 +113,9 @@ class TileTask:
 
     def _learned_from(self, xy: np.ndarray) -> np.ndarray:
         """(N, 2) pixels -> (N,) bool: land in train blocks."""
-        learned: np.ndarray = self.blocks.train(self.tile_map.lonlat(xy))
-        return learned & self.tile_map.is_land(xy)
+        train = self.blocks.train(self.tile_map.lonlat(xy))
+        learned: np.ndarray = train & self.tile_map.is_land(xy)
+        return learned
 
     def prepare(self, run: Path) -> str:
         """What is learned from, in words."""
