@@ -116,7 +116,14 @@ def tile_blocks(metres: float) -> SpatialBlocks:
     8 tiles high, with a strip of 2: more than sqrt(2) for rotated tiles and half a tile by which
     judged ones are shifted. What is learned from, positives too, has its centre in train blocks.
     Nothing else decides, so an encoder is never judged where it was trained.
+
+    Raises ValueError for a side of which 8 do not fit on the sphere.
     """
+    if not 0 < 8 * metres <= EARTH_RADIUS / 2:
+        raise ValueError(
+            f"a tile of {metres:g} m; expected more than 0 and at most {EARTH_RADIUS / 16:.0f} "
+            "metres (data.metres, --metres)"
+        )
     return SpatialBlocks(block=8 * metres, buffer=2 * metres)
 
 

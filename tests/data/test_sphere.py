@@ -9,6 +9,7 @@ from ssl_flow.data.sphere import (
     around,
     far_apart,
     great_circle,
+    tile_blocks,
     travel,
 )
 
@@ -123,3 +124,9 @@ def test_blocks_that_leave_nothing_are_refused():
         SpatialBlocks(1000, 300)
     with pytest.raises(ValueError, match="share between 0 and 1"):
         SpatialBlocks(1000, 100, judged=1.0)
+
+
+@pytest.mark.parametrize("metres", [0.0, -1.0, 900e3])
+def test_tiles_that_no_blocks_hold_name_the_key(metres):
+    with pytest.raises(ValueError, match=f"a tile of {metres:g} m; .*data.metres"):
+        tile_blocks(metres)
