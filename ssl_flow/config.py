@@ -7,6 +7,7 @@ import difflib
 import math
 import os
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -178,6 +179,20 @@ class Config:
         if batch % self.train.accumulate:
             found = f"train.accumulate is {self.train.accumulate}"
             raise ValueError(f"{found}; expected a divisor of train.batch_size ({batch})")
+
+
+def refuse_without_effect(config: Config, keys: Iterable[str], what: str) -> None:
+    """ValueError for keys like `data.crop` that are set though they mean nothing `what`."""
+
+    def value(config: Config, key: str) -> Any:  # noqa: ANN401
+        group, _, name = key.partition(".")
+        return getattr(getattr(config, group), name)
+
+    default = Config()
+    changed = [key for key in keys if value(config, key) != value(default, key)]
+    if changed:
+        found = ", ".join(f"{key} ({value(config, key)!r})" for key in changed)
+        raise ValueError(f"without effect in a run {what}: {found}; leave it out")
 
 
 _LEAST = {

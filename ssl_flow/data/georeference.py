@@ -80,9 +80,17 @@ class Equirectangular:
         return np.asarray(degrees * (1, -1) + (self.lon_left, self.lat_top))
 
     def pixel(self, lonlat: np.ndarray) -> np.ndarray:
-        """(lon, lat) (..., 2) -> pixels."""
+        """(lon, lat) (..., 2) -> pixels; longitudes 360 degrees apart are one place."""
         degrees = (np.asarray(lonlat, np.float64) - (self.lon_left, self.lat_top)) * (1, -1)
-        return np.asarray(degrees * self.pixels_per_degree - 0.5)
+        # A map that crosses 180 degrees goes on to the right; its left border stays one.
+        east = (degrees[..., 0] + 1e-9) % 360 - 1e-9
+        return np.asarray(np.stack([east, degrees[..., 1]], -1) * self.pixels_per_degree - 0.5)
+
+
+def unit_vectors(lonlat: np.ndarray) -> np.ndarray:
+    """(lon, lat) (..., 2) in degrees -> points (..., 3) of the unit sphere."""
+    lon, lat = np.moveaxis(np.radians(np.asarray(lonlat, np.float64)), -1, 0)
+    return np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], -1)
 
 
 def great_circle(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -114,7 +114,17 @@ class _Projected(Georeference):
 
 
 def _transform(source: str, target: str, points: np.ndarray) -> np.ndarray:
+    """(..., 2) -> (..., 2); nan for what the projection does not reach, as off the globe's rim."""
+    from rasterio._err import CPLE_BaseError
     from rasterio.warp import transform
 
-    x, y = transform(source, target, *points.reshape(-1, 2).T)
-    return np.stack([x, y], -1).reshape(points.shape)
+    flat = points.reshape(-1, 2)
+    try:
+        found = np.array(transform(source, target, *flat.T)).T
+    except CPLE_BaseError:  # of one point, for all
+        if len(flat) == 1:
+            return np.full(points.shape, np.nan)
+        found = np.concatenate(
+            [_transform(source, target, half) for half in np.array_split(flat, 2)]
+        )
+    return np.where(np.isfinite(found), found, np.nan).reshape(points.shape)

@@ -116,12 +116,16 @@ def _raster(
                 template = "{row}_{col}.png"
                 return Mosaic(name, place / name, template, size, (block, block), names=names)
     for place in places:
-        for file in sorted(place.glob("*")):
-            if file.stem == name and file.suffix.lower() in IMAGE_SUFFIXES:
-                size = image_size(file)
-                colour = names is None and not layer
-                escaped = file.name.replace("{", "{{").replace("}", "}}")
-                return Mosaic(name, file.parent, escaped, size, size, colour, names)
+        files = [file for file in sorted(place.glob("*"))
+                 if file.stem == name and file.suffix.lower() in IMAGE_SUFFIXES]  # fmt: skip
+        if len(files) > 1:
+            both = ", ".join(file.name for file in files)
+            raise ValueError(f"{place} has several images named {name} ({both}): keep one of them")
+        for file in files:
+            size = image_size(file)
+            colour = names is None and not layer
+            escaped = file.name.replace("{", "{{").replace("}", "}}")
+            return Mosaic(name, file.parent, escaped, size, size, colour, names)
     known = [*meta.get("layers", []), *(Path(image).stem for image in meta.get("images", {}))]
     raise FileNotFoundError(f"{folder} has no image {name}; meta.json names {', '.join(known)}")
 

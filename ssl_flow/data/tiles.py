@@ -178,7 +178,7 @@ class TileMap:
         width, height = self.size
         self._matrix((width - 1) / 2, (height - 1) / 2, side, scale, metres, 0.0)
         grid = np.stack(np.meshgrid(*(np.linspace(0, n - 1, 16) for n in self.size)), -1)
-        largest = self.metres_per_pixel(grid.reshape(-1, 2)).prod(-1).max()
+        largest = np.nanmax(self.metres_per_pixel(grid.reshape(-1, 2)).prod(-1))
         found: list[np.ndarray] = []
         shown: list[float] = []
         drawn = 0

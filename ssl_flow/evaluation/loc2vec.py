@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ssl_flow.data.georeference import great_circle
+from ssl_flow.data.georeference import great_circle, unit_vectors
 from ssl_flow.data.sphere import around, tile_blocks
 from ssl_flow.data.tiles import NO_LAND, TileMap
 from ssl_flow.evaluation.metrics import effective_rank
@@ -33,7 +33,7 @@ class Loc2Vec(Settings):
     """The protocol; all of it is ours."""
 
     name: ClassVar[str] = "loc2vec"
-    version: ClassVar[int] = 2  # 1: the same, without spearman where all embeddings are alike
+    version: ClassVar[int] = 3  # 2: histograms of 8 ranges; 1: no spearman where all are alike
     metres: float = 200  # side of a tile on the ground, as the encoder was trained
     pixels: int = 64  # side of a tile, likewise
     train_tiles: int = 3000
@@ -51,15 +51,18 @@ class Judged(NamedTuple):
 
 
 class Histograms(nn.Module):
-    """The floor: of every channel the shares of pixels in 8 equal ranges of values."""
+    """The floor: of every channel the shares of pixels in 32 equal ranges of values.
+
+    With 8 ranges a dark satellite picture, most of which has values below 100, fills three.
+    """
 
     def normalize(self, tiles: Tensor) -> Tensor:
         """(B, H, W, C) uint8, as they are."""
         return tiles
 
     def forward(self, tiles: Tensor) -> Tensor:
-        """(B, H, W, C) uint8 -> (B, 8 C)."""
-        shares = [(tiles // 32 == k).float().mean((1, 2)) for k in range(8)]
+        """(B, H, W, C) uint8 -> (B, 32 C)."""
+        shares = [(tiles // 8 == k).float().mean((1, 2)) for k in range(32)]
         return torch.cat(shares, 1)
 
 
@@ -157,8 +160,15 @@ def run_loc2vec(encoder: nn.Module, tile_map: TileMap, protocol: Loc2Vec | None 
     common = {
         k: float(np.unique(x, return_counts=True)[1].max() / len(x)) for k, x in test.labels.items()
     }
+    # What is near is alike: how much of a label the mere place tells, no strip takes away.
+    by_place = KNeighborsClassifier(neighbours)
+    spots, judged_spots = unit_vectors(train.places), unit_vectors(test.places)
+    place = {
+        k: float(by_place.fit(spots, train.labels[k]).score(judged_spots, x))
+        for k, x in test.labels.items()
+    }
     details = {"dimensions": found.shape[1], "train_tiles": len(known), "test_tiles": len(found),
-               "most_common_class": common}  # fmt: skip
+               "most_common_class": common, "knn_of_place": place}  # fmt: skip
     return Outcome(scores, None, values, items, per_class, details)
 
 

@@ -79,6 +79,8 @@ def _embed(command: Embed) -> None:
         raise ValueError(f"--out {command.out}: expected a name in {', '.join(_KINDS)}")
     if command.out.suffix == ".parquet":
         _pyarrow()
+    if command.batch < 1 or command.pixels < 1:
+        raise ValueError("--batch and --pixels have to be 1 or more")
     places, tile_map = read_places(command.lonlat), open_map_spec(command.map)
     xy = tile_map.locate(places)
     encoder = load_judged(command.encoder, 0, tile_map).to(pick_device(command.device))
@@ -101,12 +103,23 @@ def _embed(command: Embed) -> None:
         file = parts / f"{start:012d}.npy"
         if not file.exists():
             cuts = [tile_map.cut(x, y, **tile) for x, y in xy[start : start + _PART].tolist()]
+            tiles = np.stack(cuts)
+            found = embed_tiles(encoder, tiles, command.batch)
+            found[~tiles.any((1, 2, 3))] = np.nan  # nothing there: all such would be alike
             data = io.BytesIO()
-            np.save(data, embed_tiles(encoder, np.stack(cuts), command.batch))
+            np.save(data, found)
             write_atomically(file, data.getvalue())
     vectors = np.concatenate([np.load(parts / f"{start:012d}.npy") for start in starts])
     write_vectors(command.out, places, vectors)
     shutil.rmtree(parts)
+    empty = np.flatnonzero(np.isnan(vectors[:, 0]))
+    if len(empty):
+        rows = ", ".join(f"row {i}: {places[i, 0]:g}, {places[i, 1]:g}" for i in empty[:3])
+        print(
+            f"{len(empty)} of {len(places)} places have nan for a vector, as the map shows nothing "
+            f"there: {rows}",
+            file=sys.stderr,
+        )
     print(f"{command.out}: {vectors.shape[0]} places, {vectors.shape[1]} numbers each")
 
 
@@ -170,13 +183,17 @@ def _neighbours(command: Neighbours) -> None:
     if command.lonlat is not None:
         if np.isnan(places).all():
             raise ValueError(f"{command.vectors} holds no places: give --row")
-        command.row = int(great_circle(np.array(command.lonlat), places).argmin())
+        away = great_circle(np.array(command.lonlat), places)
+        command.row = int(np.where(np.isnan(vectors[:, 0]), np.inf, away).argmin())
     row = command.row or 0
     if not 0 <= row < len(vectors):
         raise ValueError(f"--row is {row}; {command.vectors} has {len(vectors)}, from 0 on")
+    if np.isnan(vectors[row, 0]):
+        raise ValueError(f"row {row} of {command.vectors} is nan: the map shows nothing there")
     distances = np.linalg.norm(vectors - vectors[row], axis=1)
+    order = distances.argsort(kind="stable")[: np.isfinite(distances).sum()]  # nan is last
     print("row,lon,lat,distance")
-    for index in distances.argsort(kind="stable")[: command.count + 1].tolist():
+    for index in order[: command.count + 1].tolist():
         lon, lat = places[index]
         print(f"{index},{lon:.7g},{lat:.7g},{distances[index]:.6g}")
 

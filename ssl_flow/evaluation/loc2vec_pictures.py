@@ -144,12 +144,26 @@ def map_picture(
     colours = np.full((*kept.shape, 3), 128, np.uint8)
     colours[kept] = (shown.clamp(0, 1) * 255).round().byte().numpy()
     shape = (round(720 * width / height), 720)
-    bands = [raster.read(0, 0, width, height)[..., band] for raster in tile_map.rasters
-             for band in range(len(raster.channels))]  # fmt: skip
-    small = [cv2.resize(band, shape, interpolation=cv2.INTER_AREA) for band in bands]
-    whole = tile_rgb(np.stack(small, -1)[None], tile_map)[0]
+    whole = tile_rgb(_overview(tile_map, shape)[None], tile_map)[0]
     side = cv2.resize(colours, shape, interpolation=cv2.INTER_NEAREST)
     return np.hstack([whole, np.full((720, 8, 3), 255, np.uint8), side])
+
+
+def _overview(tile_map: TileMap, shape: tuple[int, int]) -> np.ndarray:
+    """The whole map made small, (H, W, C) of `shape` (W, H); read in strips, as it may be huge."""
+    width, height = tile_map.size
+    edges = np.linspace(0, shape[1], min(shape[1], 24) + 1).round().astype(int).tolist()
+    strips = []
+    for top, bottom in itertools.pairwise(edges):
+        y0, y1 = (round(row * height / shape[1]) for row in (top, bottom))
+        y0 = min(y0, height - 1)
+        bands = []
+        for raster in tile_map.rasters:
+            pixels = raster.read(0, y0, width, max(y1, y0 + 1))
+            small = cv2.resize(pixels, (shape[0], bottom - top), interpolation=cv2.INTER_AREA)
+            bands.append(small.reshape(bottom - top, shape[0], -1))
+        strips.append(np.concatenate(bands, -1))
+    return np.concatenate(strips)
 
 
 def scatter(points: np.ndarray, shown: np.ndarray, size: int = 1400, side: int = 44) -> np.ndarray:

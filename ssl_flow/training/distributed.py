@@ -1,7 +1,8 @@
 """Several processes, one run: `torchrun --nproc-per-node N train.py ...`.
 
 Every process computes its share of each global batch; DistributedDataParallel averages their
-gradients, which is exact, as the loss is a mean over images. Process 0 alone writes.
+gradients, which is exact, as the loss is a mean over images (of a map, with negatives from the
+share alone). Process 0 alone writes.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ssl_flow.config import Config
+from ssl_flow.config import Config, refuse_without_effect
 from ssl_flow.data.augment import Pair, Windows, augment, normalize_flow
 from ssl_flow.data.pairs import FlowPairs, collate
 from ssl_flow.evaluation.metrics import effective_rank
@@ -78,6 +78,7 @@ class FlowTask:
             )
         self.config, self.term_weight = config, config.loss.ridge_weight
         self.term = "ridge" if self.term_weight else ""
+        refuse_without_effect(config, ("data.metres", "data.shift", "data.far"), "of videos")
         self.store = None if _synthetic(config) else open_store(config.data.store)
 
     def prepare(self, run: Path) -> str:

@@ -100,11 +100,14 @@ def explain_out_of_memory(config: Config) -> Iterator[None]:
             "; in a linear probe: evaluation.every 0, or evaluation.data none and "
             "`ssl-flow eval linear-probe`"
         )
+        parts = (
+            f"a higher train.accumulate (now {train.accumulate} parts of a batch; the result is "
+            "the same but for BatchNorm); "
+        )
         raise MemoryAdvice(
-            "out of memory. Less is needed with: a higher train.accumulate (now "
-            f"{train.accumulate} parts of a train.batch_size of {train.batch_size}; the result is "
-            "the same but for BatchNorm); a smaller train.batch_size; a smaller data.crop (now "
-            f"{config.data.crop}); "
+            "out of memory. Less is needed with: "
+            f"{'' if config.data.store.startswith('map:') else parts}a smaller train.batch_size "
+            f"(now {train.batch_size}); a smaller data.crop (now {config.data.crop}); "
             f"train.checkpoint_activations true (now {str(train.checkpoint_activations).lower()}); "
             f"train.amp bfloat16 or float16 (now {train.amp})"
             f"{probes if config.evaluation.data != 'none' else ''}"

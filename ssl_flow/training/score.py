@@ -133,6 +133,7 @@ def _score_map(config: Config, encoder: TileEncoder, run: Path) -> None:
         words = ["loc2vec", "--encoders", f"trained={run}", f"random:{config.model.backbone}"]
         words += ["histograms", "--data", config.evaluation.data, "--out", str(run / "loc2vec")]
         words += ["--metres", str(config.data.metres), "--pixels", str(config.data.crop)]
+        words += ["--device", config.device]
         if eval_command(words) == 0:
             found = json.loads((run / "loc2vec" / "results.json").read_text())
             results["loc2vec"] = found["tables"]

@@ -74,7 +74,8 @@ def take_step(
         optimizer: of the objective's parameters.
         scaler: for float16, else disabled.
         accumulate: parts in which the batch is computed. The loss is a mean over images, so the
-            gradient is that of the whole batch (but for BatchNorm, which sees the parts).
+            gradient is that of the whole batch (but for BatchNorm, which sees the parts). Always
+            1 of a map, whose loss compares images.
         world: the processes, over which loss and gradient are averaged.
         buffers: of the objective's.
     """

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from ssl_flow.config import Config
+from ssl_flow.config import Config, refuse_without_effect
 from ssl_flow.data.open_map import open_map_spec
 from ssl_flow.data.sphere import far_apart, tile_blocks
 from ssl_flow.data.tile_pairs import TilePair, TilePairs
@@ -22,6 +22,11 @@ from ssl_flow.models import TileEncoder, create_tile_encoder, save_tile_encoder
 from ssl_flow.training.monitors import embedding_std
 
 OBJECTIVES = ("triplet_margin", "softmax_ratio", "soft_pn", "info_nce")
+_OF_VIDEOS = (
+    "data.start_crop", "data.min_scale", "model.hidden_dim", "loss.embedding_scale",
+    "loss.learn_scale", "loss.flow_sigma", "loss.flow_temperature", "loss.self_pairs",
+    "loss.flow_normalization", "loss.ridge_weight", "evaluation.every",
+)  # fmt: skip
 PLACES = 10_000
 """Places that anchors are taken from; positives lie all around them."""
 
@@ -39,7 +44,7 @@ class TileObjective(nn.Module):
     """Pairs of tiles -> loss and embedding; negatives are mined among the far places of the batch.
 
     The margin loss takes semi-hard negatives, for with the hardest it collapses; the two ratios,
-    which saturate, the hardest; InfoNCE all.
+    which saturate, the hardest; InfoNCE all. With several processes, the batch is each one's share.
     """
 
     def __init__(
@@ -65,10 +70,12 @@ class TileObjective(nn.Module):
         return loss, embedding, wrong
 
     def compare(self, embedding: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and share of wrong triplets of embeddings (B, 2, D)."""
+        """Loss and share of wrong triplets of embeddings (B, 2, D); 0 where no place is far."""
         rows = embedding.transpose(0, 1).flatten(0, 1)  # anchors, then positives
         lonlat = places.cpu().numpy().swapaxes(0, 1).reshape(-1, 2)
         apart = torch.from_numpy(far_apart(lonlat, self.far)).to(rows.device)
+        if not apart.any():
+            return rows.float().sum() * 0, rows.new_zeros(())
         if self.objective == "info_nce":
             mined = batch_hard(rows, apart)
             loss = self.loss(*embedding.unbind(1), apart=apart)
@@ -96,8 +103,12 @@ class TileTask:
                 f"loss.objective is {config.loss.objective}, which compares flow; for a map take "
                 f"one of {', '.join(OBJECTIVES)} (preset loc2vec)"
             )
-        if config.data.start_crop or config.evaluation.every:
-            raise ValueError("data.start_crop and evaluation.every are not for maps: set them to 0")
+        refuse_without_effect(config, _OF_VIDEOS, "of a map")
+        if config.train.accumulate > 1:
+            raise ValueError(
+                f"train.accumulate is {config.train.accumulate}; expected 1 for a map: negatives "
+                "come from the same part of a batch, so parts would change what is learned"
+            )
         data, self.tile_map = config.data, open_map_spec(config.data.store)
         self.blocks = tile_blocks(data.metres)
         self.centres, _ = self.tile_map.draw_centres(
@@ -156,8 +167,10 @@ class TileTask:
     def trial(self, count: int, side: int, device: torch.device) -> TileBatch:
         """A batch of noise, scattered over the Earth."""
         channels = len(self.tile_map.channels)
-        places = torch.linspace(0, 80, 4 * count, dtype=torch.float64).view(count, 2, 2)
-        return TileBatch(torch.rand(count, 2, channels, side, side, device=device), places)
+        places = torch.linspace(0, 80, 2 * count, dtype=torch.float64).view(count, 1, 2)
+        return TileBatch(
+            torch.rand(count, 2, channels, side, side, device=device), places.expand(-1, 2, -1)
+        )
 
     def batch(self, pairs: TilePair, side: int, encoder: TileEncoder) -> TileBatch:
         """What the loader gives, as the step takes it, on the device."""

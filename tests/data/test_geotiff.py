@@ -48,6 +48,20 @@ def test_other_numbers_of_bands_are_layers(tmp_path):
                                   np.rot90(image[11:20, 16:25, 5]))  # fmt: skip
 
 
+def test_a_world_map_whose_corners_lie_off_the_globe(tmp_path):
+    rasterio = pytest.importorskip("rasterio", reason="needs ssl-flow[geo]")
+    image = np.random.default_rng(0).integers(0, 256, (90, 180, 3)).astype(np.uint8)
+    place = {"crs": "ESRI:54009", "transform": rasterio.Affine(200e3, 0, -18e6, 0, -200e3, 9e6)}
+    with rasterio.open(tmp_path / "w.tif", "w", driver="GTiff", width=180, height=90, count=3,
+                       dtype="uint8", **place) as file:  # fmt: skip
+        file.write(image.transpose(2, 0, 1))
+    tile_map = open_map(tmp_path / "w.tif")
+    assert np.isnan(tile_map.lonlat(np.array([[0.0, 0.0]]))).all()
+    xy, _ = tile_map.draw_centres(40, 8, metres=1.6e6, rng=np.random.default_rng(0))
+    assert np.isfinite(tile_map.lonlat(xy)).all()
+    np.testing.assert_allclose(tile_map.locate([[9.0, 47.0]])[0], [93, 16], atol=3)
+
+
 def test_bad_geotiffs_are_named(tmp_path, monkeypatch):
     image = np.zeros((30, 40, 3), np.uint8)
     plain = write(tmp_path / "plain.tif", image, None)

@@ -113,6 +113,15 @@ def test_pixels_and_places_are_inverse(grid):
     np.testing.assert_allclose(grid.pixel(grid.lonlat(xy)), xy, atol=1e-5)
 
 
+def test_a_map_across_the_date_line():
+    grid = Equirectangular(10, 170, 20)
+    np.testing.assert_allclose(grid.pixel(np.array([-174.95, 0.0])), [150, 199.5], atol=1e-6)
+    np.testing.assert_allclose(grid.pixel(np.array([185.05, 0.0])), [150, 199.5], atol=1e-6)
+    np.testing.assert_allclose(grid.pixel(np.array([170.0, 20.0])), [-0.5, -0.5], atol=1e-6)
+    world = Equirectangular(10, -180, 90)
+    np.testing.assert_allclose(world.pixel(np.array([179.95, 0.0]))[0], 3599, atol=1e-6)
+
+
 def test_places_of_web_mercator_that_are_known():
     world = WebMercator(0, 0, 0)
     np.testing.assert_allclose(world.lonlat(np.array([127.5, 127.5])), [0, 0], atol=1e-9)
@@ -277,6 +286,8 @@ def damage(folder, kind):
         meta["layers"], meta["images"] = [], {}
     elif kind == "colour layer":
         cv2.imwrite(str(folder / "layers" / "layer1.png"), np.zeros((70, 90, 3), np.uint8))
+    elif kind == "two of a name":
+        cv2.imwrite(str(folder / "layers" / "layer1.jpg"), np.zeros((70, 90), np.uint8))
     elif kind == "broken":
         file = folder / "layers" / "layer1.png"
         file.write_bytes(file.read_bytes()[:60])
@@ -295,6 +306,7 @@ def damage(folder, kind):
      ("no layers", "neither layers nor images"),
      ("colour layer", "layer1.png: expected one grey channel"), ("json", "not valid JSON"),
      ("label names", "meta.json: the labels cover should be"), ("blocks", "need width and height"),
+     ("two of a name", r"images named layer1 \(layer1.jpg, layer1.png\): keep one"),
      ("broken", "layer1.png cannot be read as an image")],
 )  # fmt: skip
 def test_bad_maps_are_named(tmp_path, kind, message):

@@ -16,6 +16,7 @@ from torch import nn
 
 from ssl_flow.cli import main
 from ssl_flow.config import load_config
+from ssl_flow.data.georeference import great_circle
 from ssl_flow.data.open_map import open_map, open_map_spec
 from ssl_flow.data.sphere import tile_blocks
 from ssl_flow.evaluation import loc2vec_command, loc2vec_pictures, suite_command
@@ -32,7 +33,7 @@ from ssl_flow.evaluation.loc2vec_pictures import draw_pictures, tile_rgb, walks
 from ssl_flow.models import load_tile_encoder
 from ssl_flow.training import train_command
 from ssl_flow.training.score import score_run
-from ssl_flow.training.tile_task import TileObjective, TileTask
+from ssl_flow.training.tile_task import OBJECTIVES, TileObjective, TileTask
 
 METRES, SIDE = 9000.0, 32
 QUICK = Loc2Vec(metres=METRES, pixels=SIDE, train_tiles=150, test_tiles=60)
@@ -137,6 +138,23 @@ def test_near_places_are_no_negatives():
     assert float(loss) == 0 and float(wrong) == 0
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_batch_without_any_far_place_teaches_nothing(objective, place):
+    module = TileObjective(nn.Identity(), objective, 1000.0, 0.1, None)
+    points = torch.randn(3, 2, 4, requires_grad=True)
+    loss, wrong = module.compare(points, torch.zeros(3, 2, 2).double())
+    loss.backward()
+    assert loss.item() == 0 and float(wrong) == 0 and not points.grad.any()
+
+
+def test_the_trial_batch_is_of_places_and_of_the_same_seen_anew(place):
+    config = load_config("loc2vec")
+    task = TileTask(replace(config, data=replace(config.data, store=f"map:{place}", metres=METRES)))
+    places = task.trial(3, SIDE, torch.device("cpu")).places
+    assert places.shape == (3, 2, 2) and (places[:, 0] == places[:, 1]).all()
+    assert len(places[:, 0].unique(dim=0)) == 3
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -146,7 +164,9 @@ def test_near_places_are_no_negatives():
         (["--data.far", "100"], "lower one of them"),
         (["--data.metres", "3.9e5"], "larger than"),
         (["--evaluation.data", "camvid:nowhere"], "a map is judged on map:PATH"),
-        (["--data.start-crop", "32", "--data.crop", "64"], "not for maps"),
+        (["--data.start-crop", "32", "--data.crop", "64"], "without effect"),
+        (["--loss.ridge-weight", "1"], "of a map: loss.ridge_weight (1.0); leave it out"),
+        (["--train.accumulate", "2"], "train.accumulate is 2; expected 1 for a map"),
     ],
 )
 def test_bad_input_is_told_before_any_work(place, tmp_path, capsys, options, message):
@@ -203,6 +223,12 @@ def test_scores_of_encoders_that_know_all_or_nothing(place):
     assert constant.scores["triplets_1-4_tiles"] == 0
     truth = run_loc2vec(Histograms(), tile_map, QUICK)
     assert truth.scores["knn_cover"] < 0.9  # patterns have the same histograms
+    assert truth.details["dimensions"] == 64
+    learned, judged, _ = judged_tiles(tile_map, QUICK)
+    nearest = great_circle(judged.places[:, None], learned.places).argsort(1)[:, :20]
+    votes = (learned.labels["cover"][nearest] == 2).mean(1)  # of a tie, the lower class
+    right = (np.where(votes > 0.5, 2, 1) == judged.labels["cover"]).mean()
+    assert truth.details["knn_of_place"]["cover"] == pytest.approx(right)
     assert len(truth.items) == len(truth.values["knn_cover"]) == truth.details["test_tiles"]
     assert len({item.partition("/")[0] for item in truth.items}) > 2
 
@@ -322,6 +348,43 @@ def test_neighbours_are_the_nearest_vectors(tmp_path, capsys):
         assert [int(line.split(",")[0]) for line in lines[1:]] == order.tolist()
     assert main(["loc2vec", "neighbours", "--vectors", str(tmp_path / "v.csv"), "--row", "30"]) == 2
     assert "has 30" in capsys.readouterr().err
+
+
+def test_places_where_the_map_shows_nothing_have_no_vector(finished, tmp_path, capsys):
+    bare = write_map(tmp_path / "bare")
+    for file in (bare / "layers").iterdir():
+        layer = cv2.imread(str(file), cv2.IMREAD_GRAYSCALE)
+        layer[:, :300] = 0
+        cv2.imwrite(str(file), layer)
+    (tmp_path / "points.csv").write_text("10.5,0\n12.5,0\n12.6,0.3\n")
+    out = str(tmp_path / "v.csv")
+    assert main(["loc2vec", "embed", "--lonlat", str(tmp_path / "points.csv"), "--map", str(bare),
+                 "--encoder", str(finished), "--out", out, "--device", "cpu"]) == 0  # fmt: skip
+    assert (
+        "1 of 3 places have nan for a vector, as the map shows nothing there: row 0: 10.5, 0"
+        in (capsys.readouterr().err)
+    )
+    assert np.isnan(read_vectors(tmp_path / "v.csv")[1]).any(1).tolist() == [True, False, False]
+    words = ["loc2vec", "neighbours", "--vectors", out]
+    assert main([*words, "--lonlat", "10.5", "0"]) == 0  # the nearest that has a vector
+    assert [line.split(",")[0] for line in capsys.readouterr().out.split()[1:]] == ["1", "2"]
+    assert main([*words, "--row", "0"]) == 2
+    assert "row 0 of" in capsys.readouterr().err
+
+
+def test_the_whole_map_is_read_in_strips(place, monkeypatch):
+    tile_map = open_map(place)
+    whole = np.concatenate([raster.read(0, 0, 640, 640) for raster in tile_map.rasters], -1)
+    read = []
+    for raster in tile_map.rasters:
+        real = raster.read
+        monkeypatch.setattr(
+            raster, "read", lambda *w, real=real: (read.append(w[3] - w[1]), real(*w))[1]
+        )
+    small = loc2vec_pictures._overview(tile_map, (320, 320))
+    assert small.shape == (320, 320, 2) and max(read) < 40
+    truth = whole.reshape(320, 2, 320, 2, 2).mean((1, 3))
+    assert np.abs(small - truth).mean() < 30  # strips begin at whole pixels
 
 
 def test_bad_places_and_files_are_told(finished, place, tmp_path, capsys, monkeypatch):
