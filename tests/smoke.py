@@ -29,9 +29,8 @@ from ssl_flow.flow import FlowStore
 from ssl_flow.models.export import FORMATS
 
 RNG = np.random.default_rng(0)
-TINY = ["--model.backbone", "test_resnet", "--model.hidden-dim", "16", "--train.steps", "3",
-        "--train.batch-size", "4", "--train.log-every", "1", "--data.workers", "0",
-        "--device", "cpu"]  # fmt: skip
+TINY = ["--model.backbone", "test_resnet", "--train.steps", "3", "--train.batch-size", "4",
+        "--train.log-every", "1", "--data.workers", "0", "--device", "cpu"]  # fmt: skip
 QUICK = {  # protocol -> settings
     "linear-probe": "steps=20",
     "linear-probe-bn": "steps=2 warmup_steps=1 batch_images=2 input_size=64 stride=48",
