@@ -135,12 +135,14 @@ def _gaussian_products(
     """``K_f (w ê)`` (B, N, D) and ``|K_f|^2`` (B,), without the self pairs."""
     row, points = weight[:, None], flow.mT.contiguous()
     x = row * e.mT
-    product, squared = torch.zeros_like(x), torch.zeros_like(row)
+    product, squared = torch.zeros_like(x), torch.zeros_like(row[:, :1, :1])
     for tile in _tiles(points):
+        g, r, c = tile.images, tile.rows, tile.columns
         kernel = _gaussian(tile, points, sigma, 1.0)
         _accumulate(tile, product, kernel, x, exclude=True)
-        _accumulate(tile, squared, kernel.square_(), row, exclude=True)
-    return product.mT, (squared * row).sum((1, 2))
+        pairs = row[g, :, r] @ kernel.square_() @ row[g, :, c].mT
+        squared[g] += pairs if r == c else 2 * pairs
+    return product.mT, squared[:, 0, 0]
 
 
 def inner_products(
@@ -161,8 +163,10 @@ def inner_products(
     # double precision, wherever the device has it (these are O(N) sums).
     if e.device.type != "mps":
         w, e = unit_sum(weight.double()), e.double()
-    gram = (w[:, None] * e) @ e.mT  # (B, D, D)
-    e_e = gram.square().sum((1, 2)) - (w * e.square().sum(1)).square().sum(-1)
+    x = w.sqrt()[:, None] * e
+    half = x @ x.detach().mT  # (B, D, D); as above, the other factor's gradient is the same
+    gram = 2 * half - half.detach()
+    e_e = gram.square().sum((1, 2)) - x.square().sum(1).square().sum(-1)
     pairs = w.sum(-1).square() - w.square().sum(-1)
     return InnerProducts(e_f, e_e.to(weight.dtype), f_f, pairs.to(weight.dtype))
 

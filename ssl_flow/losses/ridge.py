@@ -115,7 +115,9 @@ def fit_ridge(e: Tensor, flow: Tensor, w: Tensor, ridge: float) -> tuple[Tensor,
     d = e.shape[-1]
     total = w.sum(1).clamp(min=torch.finfo(e.dtype).tiny)
     rows = torch.cat([e, flow, torch.ones_like(flow[..., :1])], -1)
-    moments = (rows * (w / total[:, None])[..., None]).mT @ rows
+    # Of a symmetric product both factors give the same gradient: compute one, count it twice.
+    half = rows.mT @ (rows.detach() * (w / total[:, None])[..., None])
+    moments = half + half.mT - half.detach()
     mean_e, mean_flow = moments[:, -1:, :d], moments[:, -1:, d:-1]
     second = moments[:, :d, :d]
     # Centring here instead of before loses digits, but fewer than the penalty outweighs.
