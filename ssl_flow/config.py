@@ -168,6 +168,11 @@ class Config:
             ("data.metres", self.data.metres > 0, "above 0"),
             ("data.shift", self.data.shift >= 0, "at least 0"),
             ("data.far", self.data.far > self.data.shift, "above data.shift"),
+            (
+                "evaluation.every",
+                self.evaluation.every == 0 or self.evaluation.data != "none",
+                "0 without labelled images: set evaluation.data",
+            ),
             ("train.ema", 0 <= self.train.ema < 1, "in [0, 1)"),
             ("train.warmup", 0 <= self.train.warmup < 1, "in [0, 1)"),
             ("train.learning_rate", self.train.learning_rate > 0, "above 0"),

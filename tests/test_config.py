@@ -38,9 +38,10 @@ def test_every_preset_trains(name):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_says_what_it_is_for(name):
+def test_every_preset_says_what_it_is_for_and_takes(name):
     comment = preset_files()[name].read_text().partition("\ndata:")[0]
     assert all(line.startswith("#") for line in comment.splitlines()) and len(comment) > 60
+    assert re.search(r"\d (minutes|hours|days)", comment) and re.search(r"\d (GB|GiB|MiB)", comment)
 
 
 @pytest.mark.parametrize("name", PRESETS)

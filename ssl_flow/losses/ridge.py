@@ -68,8 +68,8 @@ class RidgeFlowLoss(torch.nn.Module):
         Args:
             embedding, flow, weight: as `CrossPixelFlowLoss.per_image` takes them, with the same
                 errors and NaN; flow in any unit.
-            fit: None splits the pixels in random halves, one of each two neighbours by a coin
-                (PyTorch's global generator), and scores each half by the map fitted on the other.
+            fit: None splits the pixels in halves, one of each two neighbours by a coin that falls
+                the same way in every image, and scores each half by the map fitted on the other.
                 Or ``(embedding, flow, weight)`` of another crop of the same frames, of any size,
                 to fit on; gradients go into its embedding, too, unless it is detached. The two
                 crops' flows must be in one unit: normalise them before cropping.
@@ -90,8 +90,7 @@ class RidgeFlowLoss(torch.nn.Module):
                     )
                 return _ratio(*self._errors(there, here)) * here.poison * there.poison
             w = here.weight
-            coin = torch.rand(w[:, ::2].shape, device=w.device) < 0.5  # whose are 2k and 2k + 1?
-            half = torch.stack([coin, ~coin], -1).flatten(1)[:, : w.shape[1]]
+            half = _first_half(w.shape[1]).to(w.device)
             one, other = here._replace(weight=w * half), here._replace(weight=w * ~half)
             forth, back = self._errors(one, other), self._errors(other, one)
             return _ratio(*(a + b for a, b in zip(forth, back, strict=True))) * here.poison
@@ -108,6 +107,15 @@ class RidgeFlowLoss(torch.nn.Module):
         residuals = flow - torch.baddbmm(intercept, e, slope), flow - mean_flow
         error, baseline = ((w[:, None] @ r.abs()).sum((1, 2)) for r in residuals)
         return error, baseline, w.sum(1)
+
+
+def _first_half(count: int) -> Tensor:
+    """(count,) bool: one of each two neighbours, at random, but always the same ones.
+
+    So an image's loss is a function of the image: not of its batch, its process or the step.
+    """
+    coin = torch.rand((count + 1) // 2, generator=torch.Generator().manual_seed(0)) < 0.5
+    return torch.stack([coin, ~coin], -1).flatten()[:count]
 
 
 def fit_ridge(e: Tensor, flow: Tensor, w: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:

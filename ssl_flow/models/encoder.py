@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import math
 from dataclasses import dataclass
@@ -195,7 +196,7 @@ def create_backbone(
     `in_chans` counts where there are no `model_args`. For the rest see `create_encoder`.
     """
     if not timm.is_model(architecture):
-        close = timm.list_models(f"*{architecture.split('_')[0].split('.')[0]}*")[:5]
+        close = difflib.get_close_matches(architecture, timm.list_models(), n=5)
         raise ValueError(
             f"timm has no model {architecture!r}; near it: {', '.join(close) or 'none'}"
         )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
+import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -85,7 +88,15 @@ def crop_side(config: Config, step: int) -> int:
 
 def _prepare_reader(_: int) -> None:
     ignore_stop_signals()
+    if parent := multiprocessing.parent_process():
+        # PyTorch watches its parent's number, which is the fork server's: that outlives `kill -9`.
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     cv2.setNumThreads(1)  # the processes share the cores already
+
+
+def _end_with(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
 
 
 def _start_method() -> str:

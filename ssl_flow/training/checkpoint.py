@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from ssl_flow.models.weights import code_asked_for
+
 KEPT = 2
 """How many of the newest checkpoints stay; the best one stays beside them as `best.pt`."""
 
@@ -114,6 +116,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except MemoryError:
         raise
     except Exception as error:  # each kind of damage has its own
+        if wish := code_asked_for(error):
+            raise ValueError(
+                f"{path} was not opened, since loading it could run code (it asks for {wish}): no "
+                "checkpoint of a run does"
+            ) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is damaged or no checkpoint ({reason})") from error
     return content

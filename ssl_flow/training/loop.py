@@ -232,6 +232,8 @@ def _train(
 
             probes = probe is not None and (done % config.evaluation.every == 0 or last)
             due = done % train.checkpoint_every == 0 or probes or last
+            # The weights may be what is broken: the checkpoint before is what to go back to.
+            due = due and (last or not progress.bad_in_a_row)
             number = world.largest(stop.number)
             if metrics and (due or number):
                 paused = time.perf_counter()

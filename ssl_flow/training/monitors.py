@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import cv2
@@ -28,9 +29,10 @@ class Metrics:
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, values: dict[str, float]) -> None:
-        """One line: `values` must hold `step`."""
+        """One line: `values` must hold `step`. JSON has no word for what is not finite: null."""
+        line = {name: v if math.isfinite(v) else None for name, v in values.items()}
         with self._path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write(json.dumps(line) + "\n")
         for name, value in values.items():
             if name != "step":
                 self._board.add_scalar(name, value, int(values["step"]))

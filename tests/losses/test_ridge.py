@@ -20,11 +20,6 @@ def _inputs(b=2, d=4, h=5, w=7, dtype=torch.float64, seed=0):
     return e, f, weight * (torch.rand(b, h, w, generator=g) < 0.7)
 
 
-def _seeded(loss, *inputs, **more):
-    torch.manual_seed(0)
-    return loss.per_image(*inputs, **more)
-
-
 # Against NumPy, with nothing of ours: no centring, the penalty as further rows.
 
 
@@ -56,12 +51,12 @@ def _rows(e, f, w):
 def test_cross_fit_equals_least_squares(options):
     inputs = _inputs()
     loss = RidgeFlowLoss(**options)
-    found = _seeded(loss, *inputs)
-    torch.manual_seed(0)
-    first = (torch.rand(2, 18) < 0.5).numpy()  # of 35 pixels: one of each two neighbours
+    found = loss.per_image(*inputs)
+    # Of 35 pixels one of each two neighbours, the same in every image.
+    first = (torch.rand(18, generator=torch.Generator().manual_seed(0)) < 0.5).numpy()
     for image in range(2):
         e, f, w = _rows(*(t[image] for t in inputs))
-        one = np.stack([first[image], ~first[image]], 1).ravel()[:35]
+        one = np.stack([first, ~first], 1).ravel()[:35]
         errors = sum(
             _dense((e[a], f[a], w[a]), (e[~a], f[~a], w[~a]), loss.ridge) for a in (one, ~one)
         )
@@ -86,7 +81,7 @@ def test_gradients(options):
     e2, f2, weight2 = _inputs(d=3, h=2, w=4, seed=1)
     loss = RidgeFlowLoss(**options)
     e, e2 = e.requires_grad_(), e2.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: _seeded(loss, x, f, weight), e)
+    assert torch.autograd.gradcheck(lambda x: loss.per_image(x, f, weight), e)
     assert torch.autograd.gradcheck(
         lambda x, y: loss.per_image(x, f, weight, fit=(y, f2, weight2)), (e, e2)
     )
@@ -135,31 +130,34 @@ def test_pixels_scored_are_not_those_fitted_on():
     assert loss(noise, f, fit=(noise, f, None)) < 0.9
 
 
-def test_the_split_follows_the_global_generator():
-    inputs = _inputs()
-    loss = RidgeFlowLoss()
-    first, second = _seeded(loss, *inputs), loss.per_image(*inputs)
-    assert torch.equal(_seeded(loss, *inputs), first) and not torch.equal(first, second)
+def test_an_image_has_the_same_loss_in_every_batch():
+    """So accumulation and several processes compute what one batch does."""
+    inputs = _inputs(b=4)
+    loss, state = RidgeFlowLoss(), torch.get_rng_state()
+    parts = [loss.per_image(*(t[k : k + 1] for t in inputs)) for k in range(4)]
+    torch.testing.assert_close(loss.per_image(*inputs), torch.cat(parts))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_length_of_the_embedding_and_number_of_pixels_do_not_matter():
     e, f, weight = _inputs()
     loss = RidgeFlowLoss()
-    torch.testing.assert_close(_seeded(loss, 1e3 * e, f, weight), _seeded(loss, e, f, weight))
+    torch.testing.assert_close(loss.per_image(1e3 * e, f, weight), loss.per_image(e, f, weight))
     double = [torch.cat([t, t], -1) for t in (e, f, weight)]
     torch.testing.assert_close(
         loss(e, f, weight, fit=double), loss(e, f, weight, fit=(e, f, weight))
     )
-    torch.testing.assert_close(_seeded(loss, e, 5 * f + 2, 3 * weight), _seeded(loss, e, f, weight))
+    torch.testing.assert_close(
+        loss.per_image(e, 5 * f + 2, 3 * weight), loss.per_image(e, f, weight)
+    )
 
 
 def test_batch_is_the_mean_of_its_images():
     e, f, weight = _inputs()
     loss = RidgeFlowLoss()
-    torch.manual_seed(0)
-    torch.testing.assert_close(loss(e, f, weight), _seeded(loss, e, f, weight).mean())
+    torch.testing.assert_close(loss(e, f, weight), loss.per_image(e, f, weight).mean())
     ones = torch.ones_like(weight)
-    torch.testing.assert_close(_seeded(loss, e, f), _seeded(loss, e, f, ones))
+    torch.testing.assert_close(loss.per_image(e, f), loss.per_image(e, f, ones))
 
 
 def test_gradient_reaches_the_crop_fitted_on_unless_detached():
@@ -181,12 +179,12 @@ def test_half_precision_is_computed_in_float32():
     e, f, weight = (t.bfloat16() for t in _inputs())
     loss = RidgeFlowLoss()
     half, single = e.clone().requires_grad_(), e.float().requires_grad_()
-    a, b = (_seeded(loss, x, f.to(x.dtype), weight.to(x.dtype)) for x in (half, single))
+    a, b = (loss.per_image(x, f.to(x.dtype), weight.to(x.dtype)) for x in (half, single))
     a.sum().backward(), b.sum().backward()
     assert a.dtype == torch.float32 and half.grad.dtype == torch.bfloat16
     torch.testing.assert_close(a, b)
     torch.testing.assert_close(half.grad, single.grad.bfloat16())
-    precise = _seeded(loss, *(t.double() for t in (e, f, weight)))
+    precise = loss.per_image(*(t.double() for t in (e, f, weight)))
     torch.testing.assert_close(a.double(), precise, rtol=1e-5, atol=1e-6)
 
 
@@ -194,8 +192,8 @@ def test_autocast_does_not_lower_the_precision():
     e, f, weight = (t.float() for t in _inputs())
     loss = RidgeFlowLoss()
     with torch.autocast("cpu", torch.bfloat16):
-        inside = _seeded(loss, e, f, weight)
-    torch.testing.assert_close(inside, _seeded(loss, e, f, weight), rtol=0, atol=0)
+        inside = loss.per_image(e, f, weight)
+    torch.testing.assert_close(inside, loss.per_image(e, f, weight), rtol=0, atol=0)
 
 
 # Bad values.
@@ -207,10 +205,10 @@ def test_bad_values_under_weight_zero_change_nothing(options, bad):
     e, f, weight = _inputs()
     weight[:, 1, 2] = 0
     loss = RidgeFlowLoss(**options)
-    expected = _seeded(loss, e, f, weight), loss.per_image(e, f, weight, fit=(e, f, weight))
+    expected = loss.per_image(e, f, weight), loss.per_image(e, f, weight, fit=(e, f, weight))
     e[:, :, 1, 2], f[:, 1, 1, 2] = bad, bad
     e.requires_grad_()
-    found = _seeded(loss, e, f, weight), loss.per_image(e, f, weight, fit=(e, f, weight))
+    found = loss.per_image(e, f, weight), loss.per_image(e, f, weight, fit=(e, f, weight))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
         (gradient,) = torch.autograd.grad(a.sum(), e)

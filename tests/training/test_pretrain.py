@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -34,6 +35,12 @@ def test_run_folder_holds_what_is_promised(finished):
     ]:
         assert (finished / name).stat().st_size > 0, name
     assert any((finished / "tensorboard").iterdir())
+
+
+def test_every_logged_number_is_explained(finished):
+    page = (Path(__file__).parents[2] / "docs" / "learning.md").read_text(encoding="utf-8")
+    keys = set().union(*lines(finished)) - {"step"}
+    assert len(keys) > 10 and not [key for key in keys if f"`{key}`" not in page]
 
 
 def test_metrics_put_the_loss_between_its_floor_and_the_constant_embedding(finished):
@@ -122,7 +129,8 @@ def test_command_reads_the_file_and_flags_override_it(store, tmp_path):
         (["--data.crop", "100"], "multiple of 32"),
         (["--data.store", "nowhere"], "nowhere"),
         (["--evaluation.data", "camvid:nowhere"], "nowhere"),
-        (["--model.backbone", "resnet19"], "near it"),
+        (["--model.backbone", "resnet19"], "near it: resnet18"),
+        (["--evaluation.data", "none", "--evaluation.every", "5"], "set evaluation.data"),
         (["--model.backbone", "vit_relpos_small_patch16_224"], "cannot take 16 crops of 128 px"),
         (["--loss.flow-temperature", "0.001"], "flow_temperature"),
         (["--resume", "nowhere"], "run folder"),

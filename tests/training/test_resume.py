@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -210,6 +211,35 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, cap
     assert "going on from step-00000002.pt" in printed
 
 
+READERS = """
+import os, signal
+from ssl_flow.config import Config, DataConfig
+from ssl_flow.training.batches import make_loader, reading
+from ssl_flow.training.distributed import World
+import torch
+
+if __name__ == "__main__":
+    config = Config(data=DataConfig(workers=1))
+    with reading(make_loader(config, range(99), list, World(torch.device("cpu")), 0)) as batches:
+        next(batches)
+        print(batches._workers[0].pid, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
+def test_a_killed_run_leaves_no_process_that_reads(tmp_path):
+    (tmp_path / "readers.py").write_text(READERS)
+    command = [sys.executable, str(tmp_path / "readers.py")]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    reader = Path(f"/proc/{int(done.stdout)}/stat")
+    deadline = time.monotonic() + 30
+    while reader.exists() and " Z " not in reader.read_text():
+        assert time.monotonic() < deadline, "it is still there"
+        time.sleep(0.1)
+
+
 class Malicious:
     """Unpickling it makes a file."""
 
@@ -230,10 +260,11 @@ def test_a_checkpoint_that_would_run_code_is_refused(store, tmp_path, finished, 
         torch.save({"progress": {"step": Malicious(trace)}}, path,
                    _use_new_zipfile_serialization=not legacy)  # fmt: skip
     assert train_command(["--resume", str(run)]) == 2
-    assert "Weights only" in capsys.readouterr().err
+    refusal = "was not opened, since loading it could run code (it asks for "
+    assert refusal in capsys.readouterr().err
     assert train_command(["--init-from", str(run / "checkpoints" / "best.pt"),
                           "--data.store", str(store), "--out", str(tmp_path)]) == 2  # fmt: skip
-    assert "best.pt is damaged or no checkpoint (Weights only" in capsys.readouterr().err
+    assert f"best.pt {refusal}" in capsys.readouterr().err
     assert not trace.exists()
 
 

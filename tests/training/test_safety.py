@@ -44,12 +44,15 @@ def test_non_finite_steps_are_skipped_counted_and_in_the_end_fatal(store, tmp_pa
     bad = {2, 3}
     rows = lines(pretrain(tiny(store, tmp_path / "a")))
     assert rows[-1]["skipped_steps"] == 2
+    assert rows[0]["step"] == 2 and rows[0]["loss"] is None  # JSON has no NaN
     calls.clear()
     bad = range(1, 1000)
     with pytest.raises(FloatingPointError, match="10 times in a row") as caught:
         pretrain(tiny(store, tmp_path / "b", steps=30))
     (run,) = (tmp_path / "b").iterdir()
     assert str(run / "bad_batch.pt") in str(caught.value)
+    # Nothing was saved on the way: the weights may be what is broken.
+    assert not list((run / "checkpoints").glob("*.pt"))
     saved = torch.load(run / "bad_batch.pt", weights_only=True)
     assert saved["images"].shape == (4, 3, 64, 64)
     assert saved["images"].isnan().all()
