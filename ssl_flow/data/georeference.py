@@ -50,8 +50,9 @@ class WebMercator:
         return np.stack([lon, lat], -1)
 
     def pixel(self, lonlat: np.ndarray) -> np.ndarray:
-        """(lon, lat) (..., 2) -> pixels; a pole is infinitely far."""
+        """(lon, lat) (..., 2) -> pixels; a pole is infinitely far, and what lies beyond is nan."""
         lon, lat = np.moveaxis(np.asarray(lonlat, np.float64), -1, 0)
+        lat = np.where(np.abs(lat) <= 90, lat, np.nan)
         with np.errstate(divide="ignore"):
             gy = 0.5 - np.arctanh(np.sin(np.radians(lat))) / (2 * np.pi)
         world = np.stack([(lon + 180) / 360, gy], -1) * self._pixels
@@ -113,6 +114,13 @@ def metres_per_pixel(georeference: Georeference, xy: np.ndarray) -> np.ndarray:
     return np.stack(sides, -1)
 
 
+def _number(meta: Mapping[str, Any], key: str) -> float:
+    value = float(meta[key])
+    if not np.isfinite(value):
+        raise ValueError(f"{key} is {value}")
+    return value
+
+
 def read_georeference(meta: Mapping[str, Any], path: Path) -> Georeference:
     """The georeference that a meta.json states; ValueError names the file and what is missing."""
     projection = str(meta.get("projection", "")).lower()
@@ -120,14 +128,17 @@ def read_georeference(meta: Mapping[str, Any], path: Path) -> Georeference:
         if "3857" in projection or "mercator" in projection:
             return WebMercator(
                 int(meta["zoom"]),
-                float(meta["global_x0"]),
-                float(meta["global_y0"]),
+                _number(meta, "global_x0"),
+                _number(meta, "global_y0"),
                 int(meta.get("tile_size", 256)),
             )
         if "4326" in projection or "equirectangular" in projection:
-            return Equirectangular(
-                float(meta["pixels_per_degree"]), float(meta["lon_left"]), float(meta["lat_top"])
-            )
+            scale, top = _number(meta, "pixels_per_degree"), _number(meta, "lat_top")
+            if scale <= 0:
+                raise ValueError(f"pixels_per_degree is {scale:g}, expected more than 0")
+            if not -90 < top <= 90:
+                raise ValueError(f"lat_top is {top:g}, expected degrees in (-90, 90]")
+            return Equirectangular(scale, _number(meta, "lon_left"), top)
     except KeyError as error:
         raise ValueError(
             f"{path}: {error} is missing. Web Mercator needs zoom, global_x0, global_y0; "

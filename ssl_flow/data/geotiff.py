@@ -15,9 +15,12 @@ from ssl_flow.data.tiles import TileMap
 def open_geotiff(path: Path) -> TileMap:
     """A GeoTIFF of 8-bit bands in any projection; three bands are red, green and blue.
 
+    A band that the file calls alpha is left out; pixels without data are 0.
+
     Raises:
         ImportError: rasterio is not installed.
-        ValueError: it has no georeference or is not 8-bit; the message says what to do.
+        ValueError: it has no georeference, is not 8-bit or has a palette; the message says what to
+            do.
     """
     file = _File(path)
     with file.open() as data:
@@ -28,6 +31,10 @@ def open_geotiff(path: Path) -> TileMap:
         if set(data.dtypes) != {"uint8"}:
             raise ValueError(
                 f"{path} holds {data.dtypes[0]}, expected 8-bit: gdal_translate -ot Byte -scale"
+            )
+        if "palette" in [colour.name for colour in data.colorinterp]:
+            raise ValueError(
+                f"{path} has a palette: gdal_translate -expand rgb makes colours of it"
             )
         names = [text or f"band{i + 1}" for i, text in enumerate(data.descriptions)]
         meanings = [colour.name for colour in data.colorinterp]
@@ -61,11 +68,13 @@ class _File:
         except rasterio.errors.RasterioIOError as error:
             raise ValueError(f"{self.path} cannot be read as a GeoTIFF ({error})") from error
 
-    @property
-    def data(self) -> Any:  # noqa: ANN401
+    def read(self, **which: Any) -> Any:  # noqa: ANN401
         if self._open[0] != os.getpid():
             self._open = (os.getpid(), self.open())
-        return self._open[1]
+        try:
+            return self._open[1].read(**which)
+        except OSError as error:  # rasterio's is one
+            raise ValueError(f"{self.path} is damaged: its pixels cannot be read") from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "_open": (-1, None)}
@@ -91,7 +100,8 @@ class _Bands:
         out = np.zeros((y1 - y0, x1 - x0, len(self.bands)), np.uint8)
         a, b, c, d = max(x0, 0), max(y0, 0), min(x1, self.size[0]), min(y1, self.size[1])
         if a < c and b < d:
-            part = self.file.data.read(self.bands, window=Window(a, b, c - a, d - b))
+            window = Window(a, b, c - a, d - b)
+            part = self.file.read(indexes=self.bands, window=window, masked=True).filled(0)
             out[b - y0 : d - y0, a - x0 : c - x0] = part.transpose(1, 2, 0)
         return out
 

@@ -64,6 +64,9 @@ def open_map_spec(spec: str) -> TileMap:
 def _folder(folder: Path, wanted: Sequence[str] | None) -> TileMap:
     meta = _read_meta(folder / "meta.json")
     georeference = read_georeference(meta, folder / "meta.json")
+    for key in ("layers", "images"):
+        if not all(isinstance(name, str) for name in meta.get(key, [])):
+            raise ValueError(f"{folder / 'meta.json'}: {key} should hold names")
     if wanted is None:
         pictures = [Path(name).stem for name in meta.get("images", {})][:1]
         wanted = list(meta.get("layers", [])) or pictures
@@ -137,6 +140,12 @@ def _read_meta(path: Path) -> Mapping[str, Any]:
         raise ValueError(f"{path} is not valid JSON ({error})") from error
     if not isinstance(meta, dict):
         raise ValueError(f"{path}: expected an object of names and values")
+    kinds = {"layers": "a list", "images": "an object", "labels": "an object",
+             "block": "a whole number"}  # fmt: skip
+    known = {"a list": list, "an object": dict, "a whole number": int}
+    for key, kind in kinds.items():
+        if key in meta and not isinstance(meta[key], known[kind]):
+            raise ValueError(f"{path}: {key} is {meta[key]!r}, expected {kind}")
     return meta
 
 

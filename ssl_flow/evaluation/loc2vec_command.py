@@ -125,10 +125,14 @@ def _embed(command: Embed) -> None:
 
 def read_places(path: Path) -> np.ndarray:
     """(N, 2) longitudes and latitudes of a CSV file; ValueError names the line that is none."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        lines = [line for line in csv.reader(file) if line]
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            lines = [(reader.line_num, line) for line in reader if line]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no CSV file in UTF-8 ({error})") from error
     columns, first = [0, 1], 0
-    heads = [head.strip().lower() for head in lines[0]] if lines else []
+    heads = [head.strip().lower() for head in lines[0][1]] if lines else []
     if heads and heads[0][:1] not in tuple("+-.0123456789"):
         names = (("lon", "longitude", "lng"), ("lat", "latitude"))
         columns = [next((heads.index(n) for n in known if n in heads), -1) for known in names]
@@ -136,11 +140,16 @@ def read_places(path: Path) -> np.ndarray:
             raise ValueError(f"{path} has the columns {', '.join(heads)}; expected lon and lat")
         first = 1
     places = []
-    for number, line in enumerate(lines[first:], start=first + 1):
+    for number, line in lines[first:]:
         try:
             places.append([float(line[column]) for column in columns])
         except (ValueError, IndexError) as error:
             raise ValueError(f"{path} line {number} is {line}; expected two numbers") from error
+        if abs(places[-1][1]) > 90:
+            raise ValueError(
+                f"{path} line {number}: latitude {places[-1][1]:g} is not within -90 and 90; the "
+                "order is lon, lat unless a first line names the columns"
+            )
     if not places or not np.isfinite(places).all():
         raise ValueError(f"{path} holds no places, or some that are not finite")
     return np.array(places)
@@ -164,15 +173,23 @@ def write_vectors(path: Path, places: np.ndarray, vectors: np.ndarray) -> None:
 
 def read_vectors(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Places (N, 2), NaN where the file has none, and vectors (N, D), as `write_vectors` wrote."""
-    if path.suffix == ".npy":
-        vectors = np.load(path)
-        return np.full((len(vectors), 2), np.nan), vectors
-    if path.suffix == ".parquet":
-        table = np.array(list(_pyarrow()[1].read_table(path).to_pydict().values())).T
-    elif path.suffix == ".csv":
-        table = np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2)
-    else:
-        raise ValueError(f"{path}: expected a name in {', '.join(_KINDS)}")
+    try:
+        if path.suffix == ".npy":
+            table = np.load(path)
+            table = np.hstack([np.full((len(table), 2), np.nan), table])
+        elif path.suffix == ".parquet":
+            table = np.array(list(_pyarrow()[1].read_table(path).to_pydict().values())).T
+        elif path.suffix == ".csv":
+            table = np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2)
+        else:
+            raise ValueError(f"expected a name in {', '.join(_KINDS)}")
+        if table.shape[1] < 3:
+            raise ValueError(f"{table.shape[1]} columns, expected lon, lat and a vector")
+    except ImportError:
+        raise
+    except Exception as error:  # each format has its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not what `loc2vec embed` writes ({reason})") from error
     return table[:, :2], table[:, 2:]
 
 
@@ -184,7 +201,9 @@ def _neighbours(command: Neighbours) -> None:
         if np.isnan(places).all():
             raise ValueError(f"{command.vectors} holds no places: give --row")
         away = great_circle(np.array(command.lonlat), places)
-        command.row = int(np.where(np.isnan(vectors[:, 0]), np.inf, away).argmin())
+        away = np.where(np.isnan(vectors[:, 0]), np.inf, away)
+        command.row = int(away.argmin())
+        print(f"row {command.row} is the nearest, {away.min():.0f} m away", file=sys.stderr)
     row = command.row or 0
     if not 0 <= row < len(vectors):
         raise ValueError(f"--row is {row}; {command.vectors} has {len(vectors)}, from 0 on")

@@ -35,7 +35,10 @@ def tile_rgb(tiles: np.ndarray, tile_map: TileMap) -> np.ndarray:
     if len(colour):
         return tiles[..., colour[:3]]
     shown = np.full((*tiles.shape[:3], 3), _PAPER, np.float32)
-    for index in reversed(range(tiles.shape[-1])):
+    # The first on top, but for single spots, which would vanish beneath the areas around them.
+    order = sorted(reversed(range(tiles.shape[-1])),
+                   key=lambda index: tile_map.channels[index].startswith("amenity"))  # fmt: skip
+    for index in order:
         name = tile_map.channels[index]
         hue = np.array([[[index * 67 % 180, 120, 200]]], np.uint8)
         other = tuple(cv2.cvtColor(hue, cv2.COLOR_HSV2RGB)[0, 0].tolist())
@@ -111,11 +114,12 @@ def _sums(
     common = found[np.argsort(-counts)][:4].tolist()
     means = {c: points[classes == c].mean(0) for c in common}
     heads, grid = [], []
-    for a, b in list(itertools.permutations(common, 2))[:6]:
+    for number, (a, b) in enumerate(list(itertools.permutations(common, 2))[:6]):
         mine = np.flatnonzero(classes == a)
-        tile = mine[_nearest(points[mine], means[a])[len(mine) // 2]]
+        tile = mine[_nearest(points[mine], means[a])[(len(mine) // 2 + number) % len(mine)]]
         heads.append(f"{names.get(a, a)} to {names.get(b, b)}")
-        grid.append([tile, -1, *_nearest(points, points[tile] - means[a] + means[b])[:8]])
+        order = _nearest(points, points[tile] - means[a] + means[b])
+        grid.append([tile, -1, *order[order != tile][:8]])
     return (heads, np.array(grid)) if grid else None
 
 

@@ -22,9 +22,9 @@ from ssl_flow.evaluation.protocols import Data
 from ssl_flow.evaluation.suite import Cell
 
 NOTE = (
-    "Brackets: 95 % bootstrap interval over the test images (or sequences, pairs, as said below "
-    "a table), which are taken as independent; where they are frames of one video, or few, "
-    "it is too narrow. ±: standard deviation over runs. Bold: the best value. One encoder is "
+    "Brackets: 95 % bootstrap interval over the test images (or sequences, blocks, pairs, as "
+    "said below a table), which are taken as independent; where they are frames of one video, or "
+    "few, it is too narrow. ±: standard deviation over runs. Bold: the best value. One encoder is "
     "called better than another only where neither their intervals nor their runs overlap. "
     "Differences are paired, of the same draws of test images, and so have narrower intervals."
 )

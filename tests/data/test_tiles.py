@@ -280,6 +280,20 @@ def damage(folder, kind):
     elif kind == "blocks":
         meta["block"] = 10
         (folder / "layers" / "layer0").mkdir()
+    elif kind == "labels":
+        meta["labels"] = ["cover.png"]
+    elif kind == "layer numbers":
+        meta["layers"] = [1]
+    elif kind == "no list":
+        meta["layers"] = None
+    elif kind == "block":
+        meta["block"] = "x"
+    elif kind == "infinite":
+        meta["lon_left"] = float("nan")
+    elif kind == "scale":
+        meta["pixels_per_degree"] = -1
+    elif kind == "top":
+        meta["lat_top"] = 200
     elif kind == "missing layer":
         meta["layers"].append("road")
     elif kind == "no layers":
@@ -306,6 +320,13 @@ def damage(folder, kind):
      ("no layers", "neither layers nor images"),
      ("colour layer", "layer1.png: expected one grey channel"), ("json", "not valid JSON"),
      ("label names", "meta.json: the labels cover should be"), ("blocks", "need width and height"),
+     ("labels", r"meta.json: labels is \['cover.png'\], expected an object"),
+     ("layer numbers", "meta.json: layers should hold names"),
+     ("no list", "meta.json: layers is None, expected a list"),
+     ("block", "meta.json: block is 'x', expected a whole number"),
+     ("infinite", "meta.json: a number of the georeference is wrong .lon_left is nan"),
+     ("scale", "pixels_per_degree is -1, expected more than 0"),
+     ("top", "lat_top is 200, expected degrees"),
      ("two of a name", r"images named layer1 \(layer1.jpg, layer1.png\): keep one"),
      ("broken", "layer1.png cannot be read as an image")],
 )  # fmt: skip

@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -22,6 +23,7 @@ from ssl_flow.data.sphere import tile_blocks
 from ssl_flow.evaluation import loc2vec_command, loc2vec_pictures, suite_command
 from ssl_flow.evaluation.loc2vec import (
     Histograms,
+    Judged,
     Loc2Vec,
     embed_tiles,
     judged_tiles,
@@ -341,13 +343,24 @@ def test_neighbours_are_the_nearest_vectors(tmp_path, capsys):
     places, vectors = rng.uniform(0, 9, (30, 2)), rng.normal(size=(30, 3)).astype(np.float32)
     write_vectors(tmp_path / "v.csv", places, vectors)
     order = np.linalg.norm(vectors - vectors[7], axis=1).argsort()[:4]
-    for query in (["--row", "7"], ["--lonlat", *map(str, places[7] + 1e-4)]):
+    for query, told in (["--row", "7"], ""), (["--lonlat", *map(str, places[7] + 1e-4)], " m away"):
         assert main(["loc2vec", "neighbours", "--vectors", str(tmp_path / "v.csv"), *query,
                      "--count", "3"]) == 0  # fmt: skip
-        lines = capsys.readouterr().out.splitlines()
+        out, err = capsys.readouterr()
+        lines = out.splitlines()
+        assert told in err and bool(told) == bool(err)
         assert [int(line.split(",")[0]) for line in lines[1:]] == order.tolist()
     assert main(["loc2vec", "neighbours", "--vectors", str(tmp_path / "v.csv"), "--row", "30"]) == 2
     assert "has 30" in capsys.readouterr().err
+    (tmp_path / "points.csv").write_text("lon,lat\n1,2\n")
+    (tmp_path / "broken.npy").write_bytes(b"nothing")
+    for name, reason in (
+        ("points.csv", "2 columns, expected lon, lat and a vector"),
+        ("broken.npy", ""),
+    ):
+        wrong = str(tmp_path / name)
+        assert main(["loc2vec", "neighbours", "--vectors", wrong, "--row", "0"]) == 2
+        assert f"{name} is not what `loc2vec embed` writes ({reason}" in capsys.readouterr().err
 
 
 def test_places_where_the_map_shows_nothing_have_no_vector(finished, tmp_path, capsys):
@@ -402,11 +415,26 @@ def test_bad_places_and_files_are_told(finished, place, tmp_path, capsys, monkey
     wrong = tmp_path / "wrong.csv"
     for text, message in [("lon,lat\n11,0.5\n50,0.5", "row 1: 50, 0.5"),
                           ("x,y\n11,0.5", "expected lon and lat"), ("11,0.5\n11,", "line 2"),
-                          ("lon,lat", "no places"), ("11,nan", "not finite")]:  # fmt: skip
+                          ("lon,lat", "no places"), ("11,nan", "not finite"),
+                          ("lon,lat\n\n11,0.5\n11,x", "line 4"),
+                          ("0.5,110", "line 1: latitude 110 is not")]:  # fmt: skip
         wrong.write_text(text)
         assert message in embed(points=wrong), text
+    wrong.write_bytes(b"lon,lat\n11,\xff")
+    assert "wrong.csv is no CSV file in UTF-8" in embed(points=wrong)
     wrong.write_text("11,0.5\n")
     assert read_places(wrong).tolist() == [[11, 0.5]]
+
+
+def test_sums_answer_with_other_tiles():
+    rng = np.random.default_rng(0)
+    classes = rng.integers(0, 3, 60)
+    points = rng.normal(size=(60, 4)) + 3 * np.eye(4)[classes]
+    judged = Judged(np.zeros((60, 2)), np.zeros((60, 2)), np.zeros(60), {"cover": classes})
+    labels = SimpleNamespace(labels={"cover": SimpleNamespace(names={})})
+    heads, grid = loc2vec_pictures._sums(points, judged, labels)
+    assert len(heads) == 6 and all(row[0] not in row[2:] for row in grid.tolist())
+    assert len(set(grid[:, 0].tolist())) == 6
 
 
 def test_pictures_of_layers_and_of_points(place, monkeypatch):
