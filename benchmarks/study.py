@@ -14,6 +14,8 @@ than other places: InfoNCE). With `--ema` the other crop is seen by the averaged
 judged, too. Further stores (`--store A,B`) hold other gaps of the same frames: the loss is the mean
 over them.
 
+`--deep`: weight of the terms of flow for a second embedding, of the level of stride 16 alone.
+
 Crops are `--crop` pixels high and `--width` (0: as many) wide; with `--start-crop` they grow.
 
 Learns for so many processor minutes on one thread, whatever else the machine does. Judged is by
@@ -45,12 +47,14 @@ from ssl_flow.flow.store import Sample
 from ssl_flow.losses import CrossPixelFlowLoss, RidgeFlowLoss
 from ssl_flow.losses.ridge import fit_ridge
 from ssl_flow.models import Encoder, create_encoder, load_encoder, save_encoder
+from ssl_flow.training.flow_task import pool_flow
 from ssl_flow.training.step import Shadow, amp_type, learning_rate, make_optimizer, update_average
 
 NUMBERS = {
     "cpu-minutes": 4.0, "lr": 1e-3, "weight-decay": 0.05, "ema": 0.0, "min-scale": 0.3,
     "jitter": 0.4, "scale": 1.0, "sigma": 0.5, "tau-e": 0.1, "tau-f": 0.1, "crop": 128, "batch": 16,
-    "dim": 16, "width": 0, "start-crop": 0, "hidden": 128, "views": 1, "samples": 0, "seed": 0,
+    "dim": 16, "deep": 0.0, "width": 0, "start-crop": 0, "hidden": 128, "views": 1, "samples": 0,
+    "seed": 0,
 }  # fmt: skip
 OBJECTIVES = ("cross_entropy", "kernel_alignment", "regression")
 
@@ -237,7 +241,11 @@ def train(options: argparse.Namespace) -> tuple[list[Path], int]:
     encoder = encoder.to(memory_format=torch.channels_last)
     schedule = TrainConfig(steps=10**6, learning_rate=options.lr, weight_decay=options.weight_decay)
     config = Config(train=schedule)
-    optimizer, terms, views = make_optimizer(config, encoder), Terms(options), Views(options)
+    deep = nn.Sequential(
+        nn.BatchNorm2d(options.hidden), nn.ReLU(), nn.Conv2d(options.hidden, options.dim, 1)
+    )
+    learned = nn.ModuleList([encoder, deep] if options.deep else [encoder])
+    optimizer, terms, views = make_optimizer(config, learned), Terms(options), Views(options)
     if options.learn_scale:
         scales = [p for loss in terms.losses.values() for p in loss.parameters()]
         optimizer.add_param_group({"params": scales, "weight_decay": 0.0})
@@ -257,7 +265,7 @@ def train(options: argparse.Namespace) -> tuple[list[Path], int]:
         pairs = [augment(some, shape) for some in windows]
         images = encoder.normalize(pairs[0].image).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
-            embedding = encoder(images).float()
+            embedding, level = (x.float() for x in encoder(images, 16))
             with torch.no_grad():
                 other = averaged(images).float() if options.ema else embedding
         other = other if options.ema else embedding
@@ -269,12 +277,16 @@ def train(options: argparse.Namespace) -> tuple[list[Path], int]:
         for pair in pairs[1:]:
             loss = loss + terms.flow_terms(embedding, other, pair, scale)
         loss = loss / len(pairs)
+        if options.deep:
+            second, (flow, weight) = deep(level), pool_flow(pairs[0].flow, pairs[0].weight, 4)
+            pair = pairs[0]._replace(flow=flow, weight=weight)
+            loss = loss + options.deep * terms.flow_terms(second, second, pair, scale)
         if options.views == 2:
             at = same_places(boxes, flip, side // 4)
             loss = loss + terms.image_terms(embedding, other, at)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if nn.utils.clip_grad_norm_(encoder.parameters(), 1.0).isfinite():
+        if nn.utils.clip_grad_norm_(learned.parameters(), 1.0).isfinite():
             optimizer.step()
         if options.ema:
             update_average(shadow, options.ema, step)

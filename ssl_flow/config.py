@@ -72,8 +72,6 @@ class LossConfig:
     """What compares the two kernel matrices; of a map, the last four compare the triplets."""
     embedding_scale: float = 1.0
     """s of the embedding kernel, s * cosine."""
-    learn_scale: bool = False
-    """Learn s (log-parametrised)."""
     embedding_temperature: float = 0.1
     """Softmax temperature of the embedding kernel (cross_entropy, info_nce)."""
     flow_sigma: float = 0.5
@@ -84,6 +82,8 @@ class LossConfig:
     """How a pixel's pair with itself is kept from dominating."""
     flow_normalization: Literal["standardize", "log", "none"] = "standardize"
     """Per image: zero mean and unit deviation; log compression to [-1, 1]; pixels as they are."""
+    deep_weight: float = 0.0
+    """Weight of the same loss of a second embedding, read at stride 16 alone; 0 = off."""
     ridge_weight: float = 0.0
     """Weight of a second term: the flow that no linear map of the embedding explains; 0 = off."""
 

@@ -116,15 +116,21 @@ class Encoder(nn.Module):
         """(B, 3, H, W) normalised images -> (B, D, ceil(H/4), ceil(W/4)), unit length over D."""
         return F.normalize(self(images).float(), dim=1)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """The embedding before it is brought to unit length, which is what the loss takes."""
+    def forward(self, images: Tensor, level: int = 0) -> Tensor | tuple[Tensor, Tensor]:
+        """The embedding before it is brought to unit length, which is what the loss takes.
+
+        With a stride `level` also the head's projection of that level, (B, M, H/level, W/level);
+        the images' sides have to be multiples of all strides then.
+        """
         if self.head is None:
             raise RuntimeError(
                 f"this encoder ({self.architecture}) has no embedding head: only features() and "
                 "hypercolumn() are there. Encoders trained by ssl_flow have one (head.safetensors)."
             )
-        embedding: Tensor = self.head(self._padded_features(images))
-        return _crop(embedding, images, EMBEDDING_STRIDE)
+        projected = self.head.project(self._padded_features(images))
+        coarse = projected.get(level)
+        embedding = _crop(self.head.combine(projected), images, EMBEDDING_STRIDE)
+        return embedding if coarse is None else (embedding, coarse)
 
     def normalize(self, images: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 RGB -> (B, 3, H, W) float32, normalised as the backbone expects."""

@@ -54,17 +54,24 @@ class PixelEmbeddingHead(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """List of (B, C_i, H/s_i, W/s_i) -> (B, D, H/4, W/4)."""
+        return self.combine(self.project(maps))
+
+    def project(self, maps: Sequence[Tensor]) -> dict[int, Tensor]:
+        """List of (B, C_i, H/s_i, W/s_i) -> stride -> (B, M, H/stride, W/stride)."""
         # Down before normalisation and projection, up after: they meet as few pixels as can be.
         grouped: dict[int, list[Tensor]] = {}
         for level, own in zip(maps, self.strides, strict=True):
             coarse = max(own, self.stride)
             grouped.setdefault(coarse, []).append(to_stride(level, own, coarse))
-        projected = [
-            to_stride(self.projections[str(coarse)](torch.cat(levels, 1)), coarse, self.stride)
+        return {
+            coarse: self.projections[str(coarse)](torch.cat(levels, 1))
             for coarse, levels in grouped.items()
-        ]
-        total = projected[0]
-        for other in projected[1:]:
+        }
+
+    def combine(self, projected: dict[int, Tensor]) -> Tensor:
+        """What `project` gives -> (B, D, H/4, W/4)."""
+        total, *others = (to_stride(x, coarse, self.stride) for coarse, x in projected.items())
+        for other in others:
             total += other  # in place: nothing in front needs its own result for the gradient
         embedding: Tensor = self.output(total)
         return embedding

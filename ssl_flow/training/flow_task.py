@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_flow.config import Config, refuse_without_effect
@@ -20,10 +21,13 @@ from ssl_flow.evaluation.pictures import pca_rgb
 from ssl_flow.flow import FlowStore, extract, flow_to_rgb
 from ssl_flow.losses import CrossPixelFlowLoss, RidgeFlowLoss
 from ssl_flow.models import Encoder, create_encoder, save_encoder
+from ssl_flow.models.encoder import EMBEDDING_STRIDE
 from ssl_flow.training.initial import initialize
 from ssl_flow.training.monitors import embedding_std
 
 OBJECTIVES = ("cross_entropy", "kernel_alignment", "regression")
+DEEP_STRIDE = 16
+"""Of the level that `loss.deep_weight` is about."""
 
 
 class Batch(NamedTuple):
@@ -46,22 +50,56 @@ class Objective(nn.Module):
         loss: CrossPixelFlowLoss,
         amp_type: torch.dtype | None,
         ridge_weight: float = 0.0,
+        deep_weight: float = 0.0,
     ) -> None:
-        """`amp_type`: of the encoder's autocast, None = off; the losses take care of themselves."""
+        """`amp_type`: of the encoder's autocast, None = off; the losses take care of themselves.
+
+        `deep_weight` asks for the same losses of a second embedding, made of the level of stride 16
+        (or the coarsest below) alone: the finer levels, which find edges and textures soonest,
+        cannot do that level's work for it (deep supervision, Lee et al., AISTATS 2015).
+        """
         super().__init__()
         self.encoder, self.loss, self.amp_type = encoder, loss, amp_type
         self.ridge, self.ridge_weight = RidgeFlowLoss(), ridge_weight
+        self.deep, self.deep_weight, self.level = None, deep_weight, 0
+        if deep_weight and encoder.head:
+            width = encoder.head.hidden_dim
+            self.level = max(s for s in map(int, encoder.head.projections) if s <= DEEP_STRIDE)
+            self.deep = nn.Sequential(
+                nn.BatchNorm2d(width),
+                nn.ReLU(inplace=True),
+                nn.Conv2d(width, encoder.head.embedding_dim, 1),
+            )
 
     def forward(self, images: Tensor, flow: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        """Shapes as in `Batch`; a scalar, (B, D, H/4, W/4), the ridge term in the scalar."""
+        """Shapes as in `Batch`; a scalar, (B, D, H/4, W/4), (T,) further terms of the scalar."""
         on = self.amp_type is not None
         with torch.autocast(images.device.type, self.amp_type, enabled=on):
-            embedding = self.encoder(images)
-        loss = self.loss(embedding, flow, weight)
-        if not self.ridge_weight:
-            return loss, embedding, torch.zeros_like(loss)
-        ridge = self.ridge(embedding, flow, weight)
-        return loss + self.ridge_weight * ridge, embedding, ridge.detach()
+            if self.deep is None:
+                embedding = self.encoder(images)
+            else:
+                embedding, coarse = self.encoder(images, self.level)
+                second = self.deep(coarse)
+        total = self.loss(embedding, flow, weight)
+        terms = []
+        if self.ridge_weight:
+            terms.append(self.ridge(embedding, flow, weight))
+            total = total + self.ridge_weight * terms[0]
+        if self.deep is not None:
+            target = pool_flow(flow, weight, self.level // EMBEDDING_STRIDE)
+            deep = self.loss(second, *target)
+            if self.ridge_weight:
+                deep = deep + self.ridge_weight * self.ridge(second, *target)
+            terms.append(deep)
+            total = total + self.deep_weight * deep
+        return total, embedding, torch.stack(terms).detach() if terms else total.new_zeros(0)
+
+
+def pool_flow(flow: Tensor, weight: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """Flow (B, 2, H, W) and weight (B, H, W), averaged over `factor` x `factor` cells."""
+    share = F.avg_pool2d(weight[:, None], factor)
+    known = torch.where(weight[:, None] > 0, flow, 0.0) * weight[:, None]
+    return F.avg_pool2d(known, factor) / share.clamp(min=1e-6), share[:, 0]
 
 
 class FlowTask:
@@ -76,8 +114,9 @@ class FlowTask:
                 f"loss.objective is {config.loss.objective}, which compares places of a map; for "
                 f"flow take one of {', '.join(OBJECTIVES)}, or give data.store map:PATH"
             )
-        self.config, self.term_weight = config, config.loss.ridge_weight
-        self.term = "ridge" if self.term_weight else ""
+        self.config = config
+        weights = {"ridge": config.loss.ridge_weight, "deep": config.loss.deep_weight}
+        self.terms = {name: weight for name, weight in weights.items() if weight}
         refuse_without_effect(config, ("data.metres", "data.shift", "data.far"), "of videos")
         self.store = None if _synthetic(config) else open_store(config.data.store)
 
@@ -114,10 +153,11 @@ class FlowTask:
 
     def objective(self, encoder: Encoder, amp_type: torch.dtype | None) -> Objective:
         """What `loss` says, where the encoder is."""
-        others = ("flow_normalization", "ridge_weight")
+        others = ("flow_normalization", "ridge_weight", "deep_weight")
         options: Any = {k: v for k, v in asdict(self.config.loss).items() if k not in others}
         loss = CrossPixelFlowLoss(**options).to(next(encoder.parameters()).device)
-        return Objective(encoder, loss, amp_type, self.config.loss.ridge_weight)
+        weights = self.config.loss.ridge_weight, self.config.loss.deep_weight
+        return Objective(encoder, loss, amp_type, *weights).to(next(encoder.parameters()).device)
 
     def trial(self, count: int, side: int, device: torch.device) -> Batch:
         """A batch of noise."""
@@ -146,7 +186,7 @@ class FlowTask:
         """
         loss, (_, flow, weight) = objective.loss, batch
         embedding = embedding.nan_to_num()  # eigenvalues of NaN raise; the loss tells of it
-        pixels = nn.functional.normalize(embedding.float(), dim=1)
+        pixels = F.normalize(embedding.float(), dim=1)
         pixels = pixels.permute(0, 2, 3, 1).flatten(0, 2)  # (N, D)
         noise = torch.Generator().manual_seed(0)
         random = torch.randn(1, *embedding.shape[1:], generator=noise).to(flow).expand_as(embedding)
@@ -155,7 +195,6 @@ class FlowTask:
             "random_loss": float(loss(random, flow, weight)),
             "effective_rank": effective_rank(pixels),
             "embedding_std": embedding_std(pixels),
-            "scale": float(torch.as_tensor(loss.scale).detach()),
         }
         if loss.objective == "cross_entropy":
             entropy = loss.target_entropy(flow, weight)

@@ -19,6 +19,7 @@ import math
 import time
 from contextlib import closing, nullcontext
 from dataclasses import asdict
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,9 @@ def _train(
     # 3. The state of the run: all that a checkpoint holds.
     optimizer = make_optimizer(config, objective)
     scaler = torch.amp.GradScaler(device.type, enabled=objective.amp_type == torch.float16)
-    parts = {"encoder": encoder, "loss": objective.loss, "optimizer": optimizer, "scaler": scaler}
+    parts = {"encoder": encoder, "optimizer": optimizer, "scaler": scaler}
+    if (deep := getattr(objective, "deep", None)) is not None:
+        parts["deep"] = deep
     judged = encoder
     if train.ema and world.is_main:
         judged = parts["average"] = copy.deepcopy(encoder).eval().requires_grad_(False)
@@ -136,8 +139,8 @@ def _train(
 
     # 4. The same module, faster.
     if world.size > 1 and train.sync_batchnorm:
-        convert_sync_batchnorm(encoder)  # the same parameters, in place
-    encoder.train()
+        convert_sync_batchnorm(objective)  # the same parameters, in place
+    objective.train()
     if train.compile:
         encoder.compile()
     module: nn.Module = objective
@@ -201,9 +204,10 @@ def _train(
                 now = time.perf_counter()
                 values = {
                     "step": done,
-                    "loss": result.loss - task.term_weight * result.term,  # as its bounds are
+                    # As its bounds are.
+                    "loss": result.loss - sum(map(mul, task.terms.values(), result.terms)),
                     **_means(task.measure(objective, batch, result.embedding), world),
-                    **({task.term: result.term} if task.term else {}),
+                    **dict(zip(task.terms, result.terms, strict=True)),
                     "gradient_norm": result.gradient_norm,
                     "learning_rate": learning_rate(config, step),
                     "skipped_steps": progress.skipped,

@@ -19,9 +19,8 @@ class Step(NamedTuple):
 
     loss: float
     """What is minimised, mean over the global batch."""
-    term: float
-    """The third output of the objective: of flow, the ridge term (0 without one); of a map, the
-    share of wrong triplets."""
+    terms: list[float]
+    """The third output of the objective, in the order of the task's `terms`."""
     gradient_norm: float
     """Before clipping."""
     taken: bool
@@ -69,7 +68,7 @@ def take_step(
     """Forward, backward and update; or nothing at all where a number is not finite.
 
     Args:
-        objective: batch -> loss, embedding, one more number; maybe in DistributedDataParallel.
+        objective: batch -> loss, embedding, (T,) further numbers; maybe in DistributedDataParallel.
         batch: this process's share of the global batch.
         optimizer: of the objective's parameters.
         scaler: for float16, else disabled.
@@ -88,22 +87,23 @@ def take_step(
         # Processes exchange gradients once a step, after the last part.
         waits: Any = objective.no_sync if hasattr(objective, "no_sync") else nullcontext
         with waits() if number < accumulate else nullcontext():
-            loss, embedding, term = objective(*part)
+            loss, embedding, others = objective(*part)
             scaler.scale(loss / accumulate).backward()
         losses.append(loss.detach())
-        terms.append(term)
+        terms.append(others)
         embeddings.append(embedding.detach())
     scaler.unscale_(optimizer)
     clipped = nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
-    means = world.mean(torch.stack([torch.stack(losses), torch.stack(terms)]).mean(1))
-    value, term, norm = torch.cat([means, clipped[None]]).tolist()  # the one wait for the device
+    means = world.mean(torch.cat([torch.stack(losses)[:, None], torch.stack(terms)], 1).mean(0))
+    # The one wait for the device.
+    value, *others, norm = torch.cat([means, clipped[None]]).tolist()
     taken = math.isfinite(value) and math.isfinite(norm)
     if taken:
         scaler.step(optimizer)
     else:
         buffers.restore()
     scaler.update()
-    return Step(value, term, norm, taken, torch.cat(embeddings))
+    return Step(value, others, norm, taken, torch.cat(embeddings))
 
 
 def amp_type(config: Config, device: torch.device) -> torch.dtype | None:

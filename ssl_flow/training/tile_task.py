@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from ssl_flow.training.monitors import embedding_std
 OBJECTIVES = ("triplet_margin", "softmax_ratio", "soft_pn", "info_nce")
 _OF_VIDEOS = (
     "data.start_crop", "data.min_scale", "model.hidden_dim", "loss.embedding_scale",
-    "loss.learn_scale", "loss.flow_sigma", "loss.flow_temperature", "loss.self_pairs",
+    "loss.deep_weight", "loss.flow_sigma", "loss.flow_temperature", "loss.self_pairs",
     "loss.flow_normalization", "loss.ridge_weight", "evaluation.every",
 )  # fmt: skip
 PLACES = 10_000
@@ -62,12 +62,12 @@ class TileObjective(nn.Module):
         self.loss: nn.Module = dict(zip(OBJECTIVES, losses, strict=True))[objective]
 
     def forward(self, tiles: Tensor, places: Tensor) -> tuple[Tensor, ...]:
-        """A scalar, (B, 2, D), and the share of the mined triplets that are in the wrong order."""
+        """A scalar, (B, 2, D), and (1,) the share of the mined triplets in the wrong order."""
         on = self.amp_type is not None
         with torch.autocast(tiles.device.type, self.amp_type, enabled=on):
             embedding = self.encoder(tiles.flatten(0, 1)).unflatten(0, tiles.shape[:2])
         loss, wrong = self.compare(embedding, places)
-        return loss, embedding, wrong
+        return loss, embedding, wrong[None]
 
     def compare(self, embedding: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and share of wrong triplets of embeddings (B, 2, D); 0 where no place is far."""
@@ -91,9 +91,8 @@ class TileTask:
     """A map -> an encoder of its tiles, trained on the train blocks of `tile_blocks`."""
 
     collate = staticmethod(default_collate)
-    term = "wrong_triplets"
+    terms: ClassVar[dict[str, float]] = {"wrong_triplets": 0.0}
     """The third output of the objective, and its weight in the first: it is only counted."""
-    term_weight = 0.0
 
     def __init__(self, config: Config) -> None:
         """Open the map and draw places; ValueError, FileNotFoundError: it can't be used."""

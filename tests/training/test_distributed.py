@@ -25,7 +25,7 @@ def test_two_processes_learn_what_one_does_and_one_goes_on_with_their_run(tmp_pa
     config = replace(
         config,
         model=replace(config.model, backbone="test_convnext"),
-        loss=replace(config.loss, ridge_weight=0.4),
+        loss=replace(config.loss, ridge_weight=0.4, deep_weight=0.5),
     )
     save_config(config, tmp_path / "c.yaml")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -56,7 +56,7 @@ def test_two_processes_learn_what_one_does_and_one_goes_on_with_their_run(tmp_pa
     pretrain(config, resume=run)
     assert len(lines(run)) == len(lines(one)) == 12
     for two_row, one_row in zip(lines(run), lines(one), strict=True):
-        for key in ("loss", "kl", "constant_loss", "random_loss", "ridge", "gradient_norm"):
+        for key in ("loss", "kl", "constant_loss", "random_loss", "ridge", "deep", "gradient_norm"):
             assert two_row[key] == pytest.approx(one_row[key], rel=1e-4), (key, one_row["step"])
     weights = [load_file(r / "encoder" / "model.safetensors") for r in (run, one)]
     for name, value in weights[1].items():

@@ -80,7 +80,7 @@ def test_training_lowers_the_divergence_from_the_target(store, tmp_path):
         {"loss": {"objective": "kernel_alignment"}},
         {"loss": {"objective": "regression"}},
         {"loss": {"flow_normalization": "log"}},
-        {"loss": {"learn_scale": True}},
+        {"loss": {"deep_weight": 0.5}},
         {"loss": {"self_pairs": "subtract_identity"}},
         {"loss": {"flow_normalization": "none"}},
         {"loss": {"embedding_scale": 0.5}},

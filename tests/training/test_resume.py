@@ -61,7 +61,7 @@ def killed(store, tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
     config = tiny(store, folder, steps=14, log_every=1, checkpoint_every=3, ema=0.9)
     config = replace(config, data=replace(config.data, start_crop=32))
-    config = replace(config, loss=replace(config.loss, ridge_weight=0.4))
+    config = replace(config, loss=replace(config.loss, ridge_weight=0.4, deep_weight=0.5))
     save_config(config, folder / "c.yaml")
     argv, rng = [str(folder / "c.yaml"), "--train.amp", "float16"], random.Random(0)
     outs = {name: str(folder / name) for name in ("whole", "killed", "stopped", "reading")}
@@ -114,7 +114,9 @@ def test_the_last_two_checkpoints_and_the_best_are_kept(killed):
         assert names == ["best.pt", "step-00000012.pt", "step-00000014.pt"]
     rows = lines(runs["whole"])
     windows = [rows[start : start + 3] for start in range(0, 14, 3)]
-    excess = [[row["kl"] + 0.4 * row["ridge"] for row in window] for window in windows]
+    excess = [
+        [row["kl"] + 0.4 * row["ridge"] + 0.5 * row["deep"] for row in window] for window in windows
+    ]
     means = [sum(window) / len(window) for window in excess]
     best = torch.load(runs["whole"] / "checkpoints" / "best.pt", weights_only=True)["progress"]
     assert best["best"] == pytest.approx(-min(means))

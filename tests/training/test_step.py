@@ -18,7 +18,7 @@ from ssl_flow.models import create_encoder
 from ssl_flow.training import loop, pretrain
 from ssl_flow.training.batches import Share, crop_side, make_loader, reading
 from ssl_flow.training.distributed import World
-from ssl_flow.training.flow_task import Batch, FlowTask, Objective
+from ssl_flow.training.flow_task import Batch, FlowTask, Objective, pool_flow
 from ssl_flow.training.initial import checkpoint_activations, try_step
 from ssl_flow.training.step import (
     Shadow,
@@ -47,10 +47,11 @@ def batch(images=4, side=32, seed=0):
     return Batch(torch.randn(images, 3, side, side), torch.randn(images, 2, grid, grid), weight)
 
 
-def objective(name="test_convnext", amp=None, ridge_weight=0.0):
+def objective(name="test_convnext", amp=None, ridge_weight=0.0, deep_weight=0.0):
     torch.manual_seed(0)
-    encoder = without_batchnorm(create_encoder(name, 8, 16))
-    return Objective(encoder, CrossPixelFlowLoss(learn_scale=True), amp, ridge_weight).train()
+    loss, weights = CrossPixelFlowLoss(learn_scale=True), (ridge_weight, deep_weight)
+    module = Objective(create_encoder(name, 8, 16), loss, amp, *weights)
+    return without_batchnorm(module).train()
 
 
 def gradients(module):
@@ -64,9 +65,9 @@ def one_step(module, accumulate=1, scaler=None, data=None, rate=0.0):
     return take_step(module, data or batch(), optimizer, scaler, accumulate, World(CPU), buffers)
 
 
-@pytest.mark.parametrize(("accumulate", "ridge"), [(2, 0.4), (4, 0.0)])
-def test_accumulation_gives_the_gradient_of_the_whole_batch(accumulate, ridge):
-    whole, parts = objective(ridge_weight=ridge), objective(ridge_weight=ridge)
+@pytest.mark.parametrize(("accumulate", "weights"), [(2, (0.4, 0.5)), (4, (0.0, 0.0))])
+def test_accumulation_gives_the_gradient_of_the_whole_batch(accumulate, weights):
+    whole, parts = (objective("test_convnext", None, *weights) for _ in range(2))
     # The definition: the mean of the images' losses, one backward pass; then clipped to norm 1.
     whole(*batch())[0].backward()
     norm = torch.stack([g.norm() for g in gradients(whole).values()]).norm()
@@ -84,12 +85,33 @@ def test_the_ridge_term_is_added_with_its_weight():
     data, module, plain = batch(), objective(ridge_weight=0.5), objective()
     loss, embedding, ridge = module(*data)
     expected = float(RidgeFlowLoss()(embedding.detach(), data.flow, data.weight))
-    assert 0.5 < expected == pytest.approx(float(ridge))
+    assert ridge.shape == (1,) and 0.5 < expected == pytest.approx(float(ridge))
     assert not ridge.requires_grad
     assert float(loss) == pytest.approx(float(plain(*data)[0]) + 0.5 * expected, rel=1e-5)
     result = one_step(module, data=data)
-    assert result.term == pytest.approx(expected, rel=1e-5)
+    assert result.terms == pytest.approx([expected], rel=1e-5)
     assert result.loss == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_the_deep_term_is_the_loss_of_one_level_alone():
+    data, module = batch(side=64), objective(ridge_weight=0.5, deep_weight=0.7)
+    loss, embedding, (ridge, deep) = module(*data)
+    maps = module.encoder.features(data.images)
+    own = module.encoder.head.project(maps)[16]
+    torch.testing.assert_close(module.encoder.head.combine({16: own}).shape, embedding.shape)
+    weight = data.weight.reshape(4, 4, 4, 4, 4).permute(0, 1, 3, 2, 4).flatten(3)  # (B, h, w, 16)
+    flow = data.flow.reshape(4, 2, 4, 4, 4, 4).permute(0, 1, 2, 4, 3, 5).flatten(4)
+    mean = (flow * weight[:, None]).sum(-1) / weight.sum(-1)[:, None].clamp(min=1e-9)
+    target = mean, weight.mean(-1)
+    torch.testing.assert_close(pool_flow(data.flow, data.weight, 4), target)
+    second = module.deep(own)
+    expected = module.loss(second, *target) + 0.5 * module.ridge(second, *target)
+    torch.testing.assert_close(deep, expected.detach())
+    main = module.loss(embedding, data.flow, data.weight) + 0.5 * ridge
+    torch.testing.assert_close(loss, main + 0.7 * deep)
+    expected.backward()
+    projections = module.encoder.head.projections
+    assert [k for k, p in projections.items() if gradients(p)] == ["16"]
 
 
 @pytest.mark.parametrize("name", ["test_convnext", "test_vit", "test_resnet"])
